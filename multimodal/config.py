@@ -1,0 +1,136 @@
+"""Shapes of the image tower, the decoder and the vision-language model built from them, with named presets."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("swiglu", "geglu", "gelu")
+POSITIONS = ("rotary", "mrotary", "learned", "none")
+TOWER_LIBRARIES = ("timm", "open_clip")
+
+
+def check_choice(owner: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raise ValueError naming the field unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{owner}.{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """An image tower by its library's name. `options` go to the library's constructor."""
+
+    library: str = "timm"  # timm | open_clip
+    name: str = "resnet18"
+    stage: int = -1  # which feature map becomes tokens: timm out_indices entry, open_clip block index
+    image_size: int = 112  # pixels after cropping; any size the tower accepts
+    pretrained: str | None = None  # None: random weights; timm: "true" or a tag; open_clip: a tag or file
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_choice("VisionConfig", "library", self.library, TOWER_LIBRARIES)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A pre-norm transformer wide enough for Llama, Qwen2, Qwen3, Gemma, GPT-2 and SmolVLM decoders."""
+
+    hidden_size: int = 192
+    num_layers: int = 4
+    num_heads: int = 3
+    num_kv_heads: int | None = None  # None: num_heads
+    head_size: int | None = None  # None: hidden_size / num_heads
+    mlp_size: int = 512
+    norm: str = "rms"
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # Gemma stores scale - 1: offset 1
+    activation: str = "swiglu"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    positions: str = "rotary"
+    rotary_base: float = 10_000.0
+    rotary_sections: tuple[int, ...] = ()  # mrotary: rotated pairs per position axis, summing to head_size / 2
+    max_positions: int = 0  # learned positions only
+    embedding_scale: float = 1.0  # Gemma multiplies inputs by sqrt(hidden_size)
+
+    def __post_init__(self) -> None:
+        check_choice("DecoderConfig", "norm", self.norm, NORMS)
+        check_choice("DecoderConfig", "activation", self.activation, ACTIVATIONS)
+        check_choice("DecoderConfig", "positions", self.positions, POSITIONS)
+        if self.head_size is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"DecoderConfig.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; "
+                "change one of them or give head_size."
+            )
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"DecoderConfig.num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}.")
+        if self.positions == "mrotary" and sum(self.rotary_sections) * 2 != self.head_dim:
+            raise ValueError(
+                f"DecoderConfig.rotary_sections {self.rotary_sections} sum to {sum(self.rotary_sections)}; "
+                f"mrotary needs head size / 2 = {self.head_dim // 2}."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+
+@dataclass(frozen=True)
+class VLMConfig:
+    """An image tower, a projector and a decoder over one embedding table of text ids."""
+
+    vision: VisionConfig = field(default_factory=VisionConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    vocab_size: int = 64  # text ids of the tokenizer
+    num_cameras: int = 2
+
+
+# A narrow residual tower trained from scratch: stride 16, 49 tokens at 112 pixels, 0.7 M parameters.
+_DESK_TOWER = VisionConfig(name="resnet18", stage=3, image_size=112, options={"channels": [32, 64, 128, 256]})
+
+PRESETS: Mapping[str, VLMConfig] = {
+    "debug": VLMConfig(
+        vision=VisionConfig(name="resnet10t", stage=3, image_size=32, options={"channels": [8, 16, 16, 16], "stem_width": 8}),
+        decoder=DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48),
+    ),
+    "desk": VLMConfig(vision=_DESK_TOWER, decoder=DecoderConfig()),
+    "smolvlm": VLMConfig(
+        vision=VisionConfig(name="vit_base_patch16_siglip_512", stage=-1, image_size=512),
+        decoder=DecoderConfig(
+            hidden_size=960, num_layers=32, num_heads=15, num_kv_heads=5, mlp_size=2560, norm_eps=1e-5, rotary_base=100_000.0
+        ),
+        vocab_size=49280,
+    ),
+    "qwen2": VLMConfig(
+        vision=VisionConfig(name="vit_base_patch16_siglip_224", stage=-1, image_size=224),
+        decoder=DecoderConfig(
+            hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2, mlp_size=4864, qkv_bias=True, rotary_base=1_000_000.0
+        ),
+        vocab_size=151_936,
+    ),
+    "llava": VLMConfig(
+        vision=VisionConfig(library="open_clip", name="ViT-L-14-336", stage=-2, image_size=336),
+        decoder=DecoderConfig(hidden_size=4096, num_layers=32, num_heads=32, mlp_size=11_008, norm_eps=1e-5),
+        vocab_size=32_064,
+        num_cameras=1,
+    ),
+    "openvla": VLMConfig(
+        vision=VisionConfig(name="vit_so400m_patch14_siglip_224", stage=-2, image_size=224),
+        decoder=DecoderConfig(hidden_size=4096, num_layers=32, num_heads=32, mlp_size=11_008),
+        vocab_size=32_064,
+        num_cameras=1,
+    ),
+}
+
+
+def get_preset(name: str) -> VLMConfig:
+    """The preset of that name; raises ValueError listing the names."""
+    if name not in PRESETS:
+        raise ValueError(f"Unknown preset {name!r}; allowed: {', '.join(PRESETS)}.")
+    return PRESETS[name]

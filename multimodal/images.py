@@ -1,0 +1,119 @@
+"""Camera frames to model range: crop, colour jitter in training, normalisation; one path for training and inference.
+
+All of it is affine per pixel, so crop, jitter and normalisation cost one pass over the cropped image: 0.1 ms for a
+128-pixel image on one core (tests/test_images.py prints the figure of the machine with `pytest -s`).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision and PIL define grey
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What happens between a uint8 frame and the image tower."""
+
+    crop: int = 112  # pixels of the square cut out: at random in training, the centre otherwise
+    size: int | None = None  # pixels after resizing the crop; none: the crop's own
+    brightness: float = 0.2  # factors are drawn from [1 - x, 1 + x]; 0 switches one off
+    contrast: float = 0.2
+    saturation: float = 0.2
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of values in [0, 1], per channel
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.crop < 1 or (self.size is not None and self.size < 1):
+            raise ValueError(f"ImageConfig.crop and .size must be positive; got {self.crop} and {self.size}.")
+        jitter = (self.brightness, self.contrast, self.saturation)
+        if not all(0.0 <= value < 1.0 for value in jitter):
+            raise ValueError(f"ImageConfig jitter (brightness, contrast, saturation) must be in [0, 1); got {jitter}.")
+
+    @property
+    def output_size(self) -> int:
+        """Height and width of what the tower sees, pixels."""
+        return self.size or self.crop
+
+
+def prepare_images(images: Tensor, config: ImageConfig, generator: torch.Generator | None = None) -> Tensor:
+    """uint8 [..., H, W, 3] -> float32 [..., 3, h, w] with h = w = config.output_size.
+
+    Without a generator: centre crop, no jitter, deterministic. With one (training): each image gets its own crop and
+    colour factors, drawn from the generator only, so equal seeds give equal images on one kind of device.
+    Raises ValueError for another dtype or shape, or an image smaller than the crop.
+    """
+    if images.dtype != torch.uint8 or images.ndim < 3 or images.shape[-1] != 3:
+        raise ValueError(f"Images are {images.dtype} {list(images.shape)}; expected uint8 [..., H, W, 3].")
+    height, width = images.shape[-3:-1]
+    if min(height, width) < config.crop:
+        raise ValueError(f"Images of {height} x {width} pixels are smaller than the crop of {config.crop}; lower ImageConfig.crop.")
+    frames = images.reshape(-1, height, width, 3)  # [N, H, W, 3]
+    corners = _corners(len(frames), height - config.crop, width - config.crop, generator).to(frames.device)
+    cropped = cut(frames, corners, config.crop).float()  # [N, 3, crop, crop], 0..255
+    factors = _factors(len(frames), config, generator).to(frames.device)
+    result = recolour(cropped, factors, config.mean, config.std)
+    if config.output_size != config.crop:
+        sides = (config.output_size, config.output_size)
+        result = F.interpolate(result, sides, mode="bilinear", antialias=True, align_corners=False)
+    return result.reshape(*images.shape[:-3], 3, config.output_size, config.output_size)
+
+
+def cut(frames: Tensor, corners: Tensor, crop: int) -> Tensor:
+    """Squares of `crop` pixels: frames [N, H, W, 3], corners int64 [N, 2] (top, left) -> [N, 3, crop, crop]."""
+    every_crop = frames.unfold(1, crop, 1).unfold(2, crop, 1)  # a view [N, H-crop+1, W-crop+1, 3, crop, crop]
+    return every_crop[torch.arange(len(frames), device=frames.device), corners[:, 0], corners[:, 1]]
+
+
+def recolour(pixels: Tensor, factors: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Brightness, then contrast about the image's mean grey, then saturation, then (x - mean) / std.
+
+    pixels float [N, 3, h, w] in 0..255; factors [N, 3] (brightness, contrast, saturation). Colours are clipped to the
+    displayable range once, at the end. Equal to `recolour_reference` up to rounding; here the three jitters are one
+    3 x 3 matrix and an offset per image.
+    """
+    luma, mean, std = (torch.tensor(values, device=pixels.device) for values in (_LUMA, mean, std))
+    brightness, contrast, saturation = factors.T[:, :, None, None]  # each [N, 1, 1]
+    grey = pixels.mean(dim=(2, 3)) @ luma  # [N]
+    mix = saturation * torch.eye(3, device=pixels.device) + (1 - saturation) * luma  # [N, 3 out, 3 in]
+    matrix = brightness * contrast * mix / (255 * std[:, None])
+    offset = (brightness * (1 - contrast) * grey[:, None, None] / 255).squeeze(-1)  # [N, 1]
+    offset = (offset - mean) / std  # [N, 3]
+    result = torch.empty_like(pixels)
+    for channel in range(3):  # in place: allocating a temporary costs more than the arithmetic
+        plane, weights = result[:, channel], matrix[:, channel, :, None, None]  # [N, h, w], [N, 3, 1, 1]
+        torch.mul(pixels[:, 0], weights[:, 0], out=plane)
+        plane.addcmul_(pixels[:, 1], weights[:, 1]).addcmul_(pixels[:, 2], weights[:, 2])
+        plane.add_(offset[:, channel, None, None])
+        plane.clamp_(float(-mean[channel] / std[channel]), float((1 - mean[channel]) / std[channel]))
+    return result
+
+
+def recolour_reference(pixels: Tensor, factors: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """The definition of `recolour`, one jitter after the other, in the dtype of `pixels`."""
+    luma, mean, std = (torch.tensor(values, dtype=pixels.dtype)[:, None, None] for values in (_LUMA, mean, std))
+    brightness, contrast, saturation = factors.to(pixels.dtype).T[:, :, None, None, None]  # each [N, 1, 1, 1]
+    colours = pixels / 255 * brightness
+    average = (colours * luma).sum(1, keepdim=True).mean(dim=(2, 3), keepdim=True)
+    colours = contrast * colours + (1 - contrast) * average
+    grey = (colours * luma).sum(1, keepdim=True)
+    colours = saturation * colours + (1 - saturation) * grey
+    return (colours.clamp(0, 1) - mean) / std
+
+
+def _corners(count: int, rows: int, columns: int, generator: torch.Generator | None) -> Tensor:
+    """Top left corners int64 [count, 2] within 0..rows and 0..columns; the centre without a generator."""
+    if generator is None:
+        return torch.tensor([[rows // 2, columns // 2]]).expand(count, 2)
+    share = torch.rand(count, 2, generator=generator, device=generator.device)
+    return (share * torch.tensor([rows + 1, columns + 1], device=generator.device)).long()
+
+
+def _factors(count: int, config: ImageConfig, generator: torch.Generator | None) -> Tensor:
+    """Colour factors float [count, 3]: brightness, contrast, saturation; ones without a generator."""
+    if generator is None:
+        return torch.ones(count, 3)
+    spread = torch.tensor([config.brightness, config.contrast, config.saturation], device=generator.device)
+    return 1 + spread * (2 * torch.rand(count, 3, generator=generator, device=generator.device) - 1)

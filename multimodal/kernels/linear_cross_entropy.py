@@ -1,0 +1,151 @@
+"""The one public loss: cross-entropy of `hidden @ weight.T` without the logits. Validate, compact, pick a backend, reduce."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from multimodal.kernels.autograd import Backend, Plan, summed_loss, token_statistics
+from multimodal.kernels.chunked import Chunked
+from multimodal.kernels.inputs import check_finite, check_inputs, compact
+from multimodal.kernels.reduction import LossOutput, Reduction, row_scale
+from multimodal.kernels.reference import token_statistics_reference
+from multimodal.kernels.statistics import Rows, TokenLoss, TokenStatistics, VocabShard, accumulation_dtype
+
+BackendName = Literal["auto", "reference", "chunked", "triton", "triton_recompute"]
+
+
+def smoothed_cross_entropy(label_smoothing: float, z_loss: float) -> TokenLoss:
+    """(1 - s) nll + s (lse - mean_logit) + z_loss lse^2 per row, as F.cross_entropy smooths; s = label_smoothing."""
+
+    def token_loss(statistics: TokenStatistics) -> Tensor:
+        loss = statistics.nll
+        if label_smoothing:
+            loss = (1 - label_smoothing) * loss + label_smoothing * (statistics.lse - statistics.mean_logit)
+        return loss + z_loss * statistics.lse.square() if z_loss else loss
+
+    return token_loss
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    target_probs: Tensor | None = None,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    temperature: float | Tensor = 1.0,
+    vocab_range: tuple[int, int] | Tensor | None = None,
+    valid_index: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+    token_loss: TokenLoss | None = None,
+    vocab_shard: VocabShard | None = None,
+    backend: BackendName = "auto",
+    logits_bytes: int | None = None,
+    validate: bool | None = None,
+) -> Tensor | LossOutput:
+    """F.cross_entropy(hidden @ weight.T, targets), same defaults, in float32 and without holding [N, V].
+
+    hidden: [..., D]. weight: [V, D], same dtype (under autocast both are cast). bias: [V].
+    targets: int64 [...] column ids; or [..., K] with target_probs [..., K], rows summing to one (soft targets; an entry
+        with ignore_index is padding). Rows whose targets are all ignore_index are dropped before any product.
+    token_weight: [...] factor per row. reduction "mean" divides by the sum of the weights of the kept rows (their number if no
+        weights), or by `normalizer`, which "sum" and "none" do not take: the global count for gradient accumulation or
+        data parallelism. No row kept: loss 0 and zero gradients.
+    softcap: z <- c tanh(z / c); temperature: z <- z / T, a float or [...], without gradient. Then label smoothing as in
+        F.cross_entropy and z_loss * lse^2 per row.
+    vocab_range: (start, end), or int64 [..., 2] per row: the softmax runs over columns start <= v < end alone.
+    valid_index: int64 [n], the kept rows (flat) if known beforehand; saves the host a wait on an accelerator.
+    token_loss: another loss per row of the statistics (`losses.py`), instead of label_smoothing and z_loss.
+    vocab_shard: `weight` is this rank's part of the vocabulary; targets and ranges stay global ids.
+    backend: see docs/cross_entropy.md. logits_bytes: budget of one chunk of logits. validate: check values of targets, target_probs,
+        statistics (NaN); None: on the CPU, where this makes nobody wait.
+    Returns a float32 scalar (float64 for float64 input), [...] for reduction "none", or a `LossOutput` with return_stats.
+    The weight gradient is summed in float32 and rounded once. Fused backends raise RuntimeError on double backward.
+    Raises ValueError naming the argument that does not fit.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+    if token_loss is not None and (label_smoothing or z_loss):
+        raise ValueError("token_loss replaces label_smoothing and z_loss; got both. Leave the latter at 0 or put them into token_loss.")
+    custom = token_loss is not None
+    token_loss = token_loss or smoothed_cross_entropy(label_smoothing, z_loss)
+    shape = targets.shape if target_probs is None else targets.shape[:-1]
+    check_inputs(
+        hidden, weight, targets, target_probs, bias=bias, token_weight=token_weight, label_smoothing=label_smoothing, softcap=softcap,
+        temperature=temperature, vocab_range=vocab_range, valid_index=valid_index, reduction=reduction, normalizer=normalizer,
+        vocab_shard=vocab_shard,
+    )  # fmt: skip
+    if isinstance(vocab_range, tuple) and vocab_shard is None:  # one range for all rows needs no other column at all
+        weight, bias = weight[slice(*vocab_range)], None if bias is None else bias[slice(*vocab_range)]
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    kept, index = compact(
+        hidden, weight, targets, target_probs, ignore_index=ignore_index, token_weight=token_weight, softcap=softcap, temperature=temperature,
+        vocab_range=vocab_range, valid_index=valid_index, vocab_shard=vocab_shard, want_entropy=return_stats or custom,
+        want_mean=label_smoothing > 0 or custom,
+        validate=hidden.device.type == "cpu" if validate is None else validate,
+    )  # fmt: skip
+    bias = None if bias is None else bias.to(accumulation_dtype(hidden.dtype))
+    scale = row_scale(kept.weight, len(kept.rows), reduction, normalizer)
+    chosen = _build_backend(backend, kept.hidden, weight, logits_bytes)
+    if _one_sweep(chosen, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
+
+        def weighted(statistics: TokenStatistics, rows: slice) -> Tensor:
+            loss = token_loss(statistics)
+            return loss * (scale[rows] if isinstance(scale, Tensor) and scale.dim() else scale)
+
+        loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), weighted)
+        if kept.validate:
+            check_finite(loss, kept.hidden, weight)
+        return loss
+    statistics = _statistics(chosen, kept.hidden, weight, bias, kept.rows, vocab_shard)
+    if kept.validate:
+        check_finite(statistics.lse, kept.hidden, weight)
+    loss = token_loss(statistics) * scale
+
+    def spread(values: Tensor) -> Tensor:
+        """[n] -> [...] with zeros at ignored rows."""
+        if index is None:
+            return values.reshape(shape)
+        return values.new_zeros(hidden.shape[0]).index_put((index,), values).reshape(shape)
+
+    loss = spread(loss) if reduction == "none" else loss.sum()
+    if not return_stats:
+        return loss
+    return LossOutput(loss, spread(statistics.nll), spread(statistics.lse), spread(statistics.entropy), len(kept.rows))
+
+
+def _one_sweep(
+    backend: Backend | None, reduction: Reduction, return_stats: bool, scale: Tensor | float, shard: VocabShard | None
+) -> bool:
+    """Whether gradients can be formed during the forward pass: one scalar that depends on nothing else differentiable."""
+    differentiable_scale = isinstance(scale, Tensor) and scale.requires_grad
+    return isinstance(backend, Chunked) and reduction != "none" and not return_stats and not differentiable_scale and shard is None
+
+
+def _statistics(
+    backend: Backend | None, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, shard: VocabShard | None
+) -> TokenStatistics:
+    if len(rows) == 0:  # keeps the graph, so that every input still gets its zero gradient
+        anchor = hidden.sum() + weight[:0].sum() + (0 if bias is None else bias[:0].sum())
+        return TokenStatistics(*[anchor.to(accumulation_dtype(hidden.dtype)).expand(0)] * 4)
+    if backend is None:
+        return token_statistics_reference(hidden, weight, bias, rows)
+    return token_statistics(hidden, weight, bias, Plan(backend, rows, shard))
+
+
+def _build_backend(name: BackendName, hidden: Tensor, weight: Tensor, logits_bytes: int | None) -> Backend | None:
+    """None stands for the reference. "auto": Triton where a CUDA tensor meets an importable triton, else chunked."""
+    if name == "reference":
+        return None
+    if name == "chunked" or (name == "auto" and not hidden.is_cuda):
+        return Chunked(logits_bytes=logits_bytes)
+    raise ValueError(f"backend is {name!r}; allowed: 'auto', 'reference', 'chunked', 'triton', 'triton_recompute'.")

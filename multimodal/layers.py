@@ -1,0 +1,76 @@
+"""Norms, gated MLP and rotary embedding: the parts of a decoder block that see one position at a time."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from multimodal.config import DecoderConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + weight), computed in float32 (Zhang and Sennrich 2019; offset as in Gemma)."""
+
+    def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
+        super().__init__()
+        self.eps, self.offset = eps, offset
+        self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * (self.offset + self.weight.float())).to(x.dtype)
+
+
+def build_norm(config: DecoderConfig, size: int) -> nn.Module:
+    if config.norm == "layer":
+        return nn.LayerNorm(size, eps=config.norm_eps)
+    return RMSNorm(size, config.norm_eps, config.norm_offset)
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x)) for swiglu and geglu; down(gelu(up(x))) for gelu."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        width, inner, bias = config.hidden_size, config.mlp_size, config.mlp_bias
+        self.gate = None if config.activation == "gelu" else nn.Linear(width, inner, bias=bias)
+        self.up = nn.Linear(width, inner, bias=bias)
+        self.down = nn.Linear(inner, width, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.gate is None:
+            return self.down(F.gelu(self.up(x), approximate="tanh"))
+        if self.activation == "swiglu":
+            return self.down(F.silu(self.gate(x)) * self.up(x))
+        return self.down(F.gelu(self.gate(x), approximate="tanh") * self.up(x))
+
+
+class Rotary(nn.Module):
+    """Rotary position embedding, half-split layout (Su et al. 2021; layout of Llama and Qwen checkpoints).
+
+    With `sections` (M-RoPE of Qwen2-VL) positions are [A, B, T], one row per axis, and each section of the rotated
+    pairs reads its own axis.
+    """
+
+    inverse_frequency: Tensor
+
+    def __init__(self, head_dim: int, base: float, sections: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self.register_buffer("inverse_frequency", base**-exponent, persistent=False)
+        self.sections = sections
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [B, T] (or [A, B, T] with sections) -> cos, sin, each float32 [B, 1, T, head_dim / 2]."""
+        phase = positions[..., None].float() * self.inverse_frequency  # [.., B, T, head_dim / 2]
+        if self.sections:
+            axes = phase.split(self.sections, dim=-1)
+            phase = torch.cat([part[axis] for axis, part in enumerate(axes)], dim=-1)
+        return phase.cos()[:, None], phase.sin()[:, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [B, heads, T, head_dim] by the angles of its positions."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

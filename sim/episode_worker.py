@@ -1,0 +1,151 @@
+"""The simulator process of an evaluation: runs the episodes it is given and asks the parent's policy for chunks."""
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sim.environment import Environment
+from sim.results import mean
+from sim.rollout import EpisodeResult, rollout
+from sim.seeds import Start
+from sim.video import VideoRecorder
+from sim.workers import Ask, serve_jobs
+from vla.interface import ActionChunk, Observation, RobotSpec
+
+
+@dataclass(frozen=True)
+class EpisodeSettings:
+    """What all episodes of an evaluation share."""
+
+    suite: str
+    protocol: str
+    image_size: int  # pixels, what the policy was trained on
+    action_horizon: int
+    max_steps: int
+    execution_horizon: int
+    num_known: int
+    output_dir: Path
+    video_size: int  # pixels
+    gif: bool
+
+
+@dataclass(frozen=True)
+class EpisodeJob:
+    task: int
+    episode: int
+    start: Start
+    video: str | None  # path relative to the output folder
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request to the policy."""
+
+    observation: Observation
+    known: np.ndarray | None  # [k, D]
+    seed: int
+
+
+class PipePolicy:
+    """A vla.interface.Policy that lives at the other end of a pipe."""
+
+    def __init__(self, connection: Connection, spec: RobotSpec, action_horizon: int) -> None:
+        self._connection, self.spec, self.action_horizon = connection, spec, action_horizon
+
+    def act(
+        self,
+        observations: Sequence[Observation],
+        *,
+        known: Sequence[np.ndarray | None] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[ActionChunk]:
+        chunks = []
+        for index, observation in enumerate(observations):
+            question = Question(observation, known[index] if known else None, seeds[index] if seeds else 0)
+            self._connection.send(Ask(question))
+            chunks.append(self._connection.recv())
+        return chunks
+
+
+def work(connection: Connection, settings: EpisodeSettings, build: Callable[..., Environment]) -> None:
+    """A simulator process from birth to the parent's hanging up. Imports no torch of ours."""
+
+    def begin() -> tuple[dict[str, Any], Callable[[EpisodeJob], dict[str, Any]]]:
+        environment = build(settings.suite, image_size=settings.image_size, protocol=settings.protocol)
+        policy = PipePolicy(connection, environment.spec, settings.action_horizon)
+        facts = {
+            "spec": environment.spec.to_dict(),
+            "assets": getattr(environment, "assets", "unknown"),
+            "gl": os.environ.get("MUJOCO_GL", "default"),
+            "instructions": [environment.instruction(task) for task in range(environment.num_tasks)],
+        }
+        return facts, functools.partial(run_episode, environment, policy, settings)
+
+    serve_jobs(connection, begin)
+
+
+def run_episode(environment: Environment, policy: PipePolicy, settings: EpisodeSettings, job: EpisodeJob) -> dict[str, Any]:
+    """One rollout, filmed if asked; returns the row fields that the episode decides."""
+    with contextlib.ExitStack() as stack:
+        video = None
+        if job.video is not None:
+            video = stack.enter_context(
+                VideoRecorder(
+                    settings.output_dir / job.video,
+                    camera=environment.spec.cameras[0],
+                    size=settings.video_size,
+                    fps=environment.spec.control_hz,
+                    gif=settings.gif,
+                )
+            )
+        result = rollout(
+            environment,
+            policy,
+            task=job.task,
+            start=job.start,
+            max_steps=settings.max_steps,
+            execution_horizon=settings.execution_horizon,
+            num_known=settings.num_known,
+            video=video,
+        )
+    return {**row_fields(result), "video": job.video, "renderer": opengl_renderer()}
+
+
+def row_fields(result: EpisodeResult) -> dict[str, Any]:
+    """The part of an EpisodeRow that a rollout knows."""
+    return {
+        "success": result.success,
+        "steps": result.steps,
+        "wall_s": round(result.wall_s, 3),
+        "chunks": result.chunks,
+        "rounds": mean(result.rounds),
+        "policy_ms": mean(result.policy_ms),
+        "jerk": result.jerk,
+    }
+
+
+def opengl_renderer() -> str:
+    """The driver that drew this process's last frame, e.g. "llvmpipe (LLVM 15.0.6, 256 bits)"; "none" if nothing drew."""
+    if "mujoco" not in sys.modules:
+        return "none"
+    from OpenGL import GL
+
+    name = GL.glGetString(GL.GL_RENDERER)
+    return name.decode() if name else "unknown"
+
+
+def version(distribution: str) -> str:
+    """Installed version of a distribution, or "not installed"."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,307 @@
+"""Policy -> success table: `vla eval`. Suites x tasks x episodes over W simulator processes and one batched policy.
+
+An output folder:
+
+    episodes.jsonl     one row per episode, on disk the moment it ends (sim.results.EpisodeRow)
+    settings.json      what a resumed run must share
+    eval_info.json     lerobot-eval's keys, and intervals, errors and all rows beside them
+    videos/            on request, and grid.png of how they end
+
+Episode e of a task begins at start e of the split, whatever ran before it and in whichever process, so a row depends
+on the checkpoint, the settings and (task, episode) only.
+"""
+
+import json
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+from sim.environment import Environment
+from sim.episode_worker import EpisodeJob, EpisodeSettings, Question, version, work
+from sim.results import EpisodeRow, append_row, eval_info, read_episodes, success_table, tally
+from sim.seeds import start
+from sim.suites import build_environment, get_protocol, get_suite
+from sim.video import last_frame, success_grid, write_image
+from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
+from vla.home import remask_home
+from vla.interface import ActionChunk, Policy
+
+OUTPUT_ONLY = ("output_dir", "video_size", "gif")  # settings that change no outcome
+ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """Which policy, and how it decodes."""
+
+    path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy
+    device: str = "cpu"
+    decode: dict[str, Any] = field(default_factory=dict)  # overrides, e.g. '{rounds: 6, threshold: 0.9}'
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Settings of `vla eval`."""
+
+    policy: PolicySource = field(default_factory=PolicySource)
+    suite: str = "robosuite_lift"
+    output_dir: Path | None = None  # default: REMASK_HOME/evaluations/<suite>-<split>-<checkpoint>
+    tasks: list[int] | None = None  # default: all
+    episodes: int = 10  # per task
+    workers: int = 2  # simulator processes
+    split: str = "validation"  # or "official", for headline tables only
+    protocol: str | None = None  # "openpi" or "lerobot": step limit, seeds; default: the suite's
+    execution_horizon: int | None = None  # actions executed of each chunk; default: the protocol's, or else all
+    num_known: int = 0  # actions not executed that the next chunk must start with
+    max_steps: int | None = None  # default: the protocol's
+    resume: bool = False  # go on in output_dir; episodes that ended with an error are run again
+    videos: int = 0  # films per task
+    video_size: int = 256  # pixels
+    gif: bool = False  # a small gif beside each film
+
+    @property
+    def task_list(self) -> list[int]:
+        return list(range(get_suite(self.suite).num_tasks)) if self.tasks is None else sorted(set(self.tasks))
+
+    @property
+    def protocol_name(self) -> str:
+        return self.protocol or get_suite(self.suite).default_protocol
+
+
+def evaluate(
+    config: EvaluateConfig, policy: Policy, checkpoint: str, *, build: Callable[..., Environment] = build_environment
+) -> list[EpisodeRow]:
+    """Run the episodes that are not yet on disk; returns the rows of all that were asked for.
+
+    checkpoint: identifies the policy in rows and on resume. build: module-level function with build_environment's
+    arguments (tests give fakes).
+    Raises ValueError on impossible settings or if output_dir holds another evaluation, OSError if the simulator does not
+    run, KeyboardInterrupt saying how to go on. Rows on disk stay usable.
+    """
+    check(config)
+    folder = output_dir(config, checkpoint)
+    settings = episode_settings(config, policy, folder)
+    identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
+    identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode}
+    rows = open_evaluation(folder, identity, resume=config.resume)
+    wanted = [(task, episode) for task in config.task_list for episode in range(config.episodes)]
+    jobs = [
+        EpisodeJob(task, episode, start(config.split, episode), video_path(config, task, episode))
+        for task, episode in wanted
+        if (task, episode) not in rows or rows[task, episode].error is not None
+    ]
+    began = time.perf_counter()
+    with resumable(folder):
+        run_episodes(config, settings, policy, checkpoint, jobs, rows, build)
+    seconds = time.perf_counter() - began
+    asked_for = [rows[key] for key in wanted]
+    info = eval_info(asked_for, seconds=seconds, episodes_run=len(jobs), config=identity)
+    (folder / INFO).write_text(json.dumps(info, indent=1))
+    if config.videos:
+        write_grid(folder, asked_for)
+    return asked_for
+
+
+
+def run_episodes(
+    config: EvaluateConfig,
+    settings: EpisodeSettings,
+    policy: Policy,
+    checkpoint: str,
+    jobs: list[EpisodeJob],
+    rows: dict[tuple[int, int], EpisodeRow],
+    build: Callable[..., Environment],
+) -> None:
+    """Run `jobs`, putting each row into `rows` and on disk as it ends."""
+    if not jobs:
+        return
+    waiting: dict[int, list[EpisodeJob]] = {}
+    for job in jobs:
+        waiting.setdefault(job.task, []).append(job)
+    running: dict[int, int] = {}
+    facts: dict[str, Any] = {}
+    same_for_all = {
+        "suite": config.suite,
+        "split": config.split,
+        **{name: version(name) for name in ("mujoco", "robosuite", "torch", "remask")},
+        "checkpoint": checkpoint,
+        "git_commit": git_commit(),
+    }
+
+    def next_job(last: EpisodeJob | None) -> EpisodeJob | None:
+        task = choose_task({task: len(queue) for task, queue in waiting.items()}, last.task if last else None, running)
+        if task is None:
+            return None
+        running[task] = running.get(task, 0) + 1
+        return waiting[task].pop(0)
+
+    def started(worker_facts: dict[str, Any]) -> None:
+        check_robot(policy, worker_facts["spec"])
+        facts.update(worker_facts)
+
+    with tqdm(total=len(jobs), unit="episode", desc=config.suite) as bar:
+
+        def finished(job: EpisodeJob, outcome: Done | Failed | Died) -> None:
+            running[job.task] -= 1
+            row = EpisodeRow(
+                task=job.task,
+                instruction=facts["instructions"][job.task],
+                episode=job.episode,
+                initial_state_index=job.start.index,
+                seed=job.start.seed,
+                assets=facts["assets"],
+                gl=facts["gl"],
+                **same_for_all,
+                **(outcome.result | {"error": None} if isinstance(outcome, Done) else error_fields(str(outcome))),
+            )
+            append_row(settings.output_dir / ROWS, asdict(row))
+            rows[job.task, job.episode] = row
+            bar.set_postfix_str(str(tally(rows.values())), refresh=False)
+            bar.update()
+            if row.error:
+                bar.write(f"task {job.task}, episode {job.episode}: {row.error}")
+
+        with WorkerPool(min(config.workers, len(jobs)), work, (settings, build)) as pool:
+            run_jobs(pool, next_job, started=started, finished=finished, answer=lambda asked: answer(policy, asked))
+
+
+def answer(policy: Policy, questions: list[Question]) -> list[ActionChunk]:
+    """One chunk per question, in one batch; plain numpy and floats, so that a simulator process can read them."""
+    began = time.perf_counter()
+    chunks = policy.act(
+        [question.observation for question in questions],
+        known=[question.known for question in questions],
+        seeds=[question.seed for question in questions],
+    )
+    waited_ms = 1000 * (time.perf_counter() - began)
+    replies = []
+    for chunk in chunks:
+        info = {"milliseconds": float(chunk.info.get("milliseconds", waited_ms))}
+        if "rounds" in chunk.info:
+            info["rounds"] = float(chunk.info["rounds"])
+        replies.append(ActionChunk(np.asarray(chunk.actions, dtype=np.float32), info))
+    return replies
+
+
+def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> EpisodeSettings:
+    """Every default resolved."""
+    protocol = get_protocol(config.protocol_name)
+    return EpisodeSettings(
+        suite=config.suite,
+        protocol=protocol.name,
+        image_size=policy.spec.image_size,
+        action_horizon=policy.action_horizon,
+        max_steps=config.max_steps or get_suite(config.suite).max_steps[protocol.name],
+        execution_horizon=config.execution_horizon or protocol.execution_horizon or policy.action_horizon,
+        num_known=config.num_known,
+        output_dir=folder,
+        video_size=config.video_size,
+        gif=config.gif,
+    )
+
+
+def check(config: EvaluateConfig) -> None:
+    """Raise ValueError on settings that cannot be run."""
+    suite = get_suite(config.suite)
+    start(config.split, 0)
+    unknown = [task for task in config.task_list if not 0 <= task < suite.num_tasks]
+    if unknown or not config.task_list:
+        raise ValueError(f"Suite {suite.name!r} has no tasks {unknown}; allowed: 0 to {suite.num_tasks - 1}.")
+    if config.episodes < 1 or config.workers < 1:
+        raise ValueError(f"episodes is {config.episodes} and workers {config.workers}; both must be at least 1.")
+
+
+def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
+    """Raise ValueError unless the simulated robot is one that the policy can drive."""
+    for name, mine in (("state_names", policy.spec.state_names), ("action_names", policy.spec.action_names)):
+        if list(mine) != list(spec[name]):
+            raise ValueError(f"The policy was trained with {name} {list(mine)}; this suite's robot has {list(spec[name])}.")
+    missing = [camera for camera in policy.spec.cameras if camera not in spec["cameras"]]
+    if missing:
+        raise ValueError(f"The policy needs camera {missing[0]!r}; this suite has {list(spec['cameras'])}.")
+
+
+def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
+    default = remask_home() / "evaluations" / f"{config.suite}-{config.split}-{checkpoint[:8]}"
+    return Path(config.output_dir or default).expanduser()
+
+
+def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> dict[tuple[int, int], EpisodeRow]:
+    """Make or reopen the folder; (task, episode) -> its latest row. Raises ValueError if the folder is another's."""
+    rows = read_episodes(folder / ROWS)
+    if rows and not resume:
+        raise ValueError(f"{folder} holds {len(rows)} episodes. Go on with --resume=true or use another --output_dir.")
+    settings = folder / SETTINGS
+    if rows and settings.exists():
+        before = json.loads(settings.read_text())
+        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in identity.items() if before.get(key) != value]
+        if changed:
+            raise ValueError(f"{folder} cannot be resumed: {'; '.join(changed)}. Use another --output_dir.")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(identity, indent=1))
+    return {(row.task, row.episode): row for row in rows}
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Tell whoever presses Ctrl-C what is there and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        count = len(read_episodes(folder / ROWS))
+        message = f"{count} finished episodes are in {folder / ROWS}. The same command with --resume=true --output_dir={folder} goes on."
+        raise KeyboardInterrupt(message) from None
+
+
+def error_fields(error: str) -> dict[str, Any]:
+    """What a row says of an episode that ended with an exception."""
+    nothing = dict.fromkeys(("rounds", "policy_ms", "jerk", "video"))
+    return {"success": False, "steps": 0, "error": error, "wall_s": 0.0, "chunks": 0, "renderer": "unknown", **nothing}
+
+
+def video_path(config: EvaluateConfig, task: int, episode: int) -> str | None:
+    """Where an episode's film goes, as lerobot-eval names it; None if it is not filmed."""
+    return f"videos/{config.suite}_{task}/eval_episode_{episode}.mp4" if episode < config.videos else None
+
+
+def write_grid(folder: Path, rows: list[EpisodeRow]) -> None:
+    """videos/grid.png: how the filmed episodes end."""
+    filmed = [row for row in rows if row.video and (folder / row.video).exists()]
+    if filmed:
+        frames = [last_frame(folder / row.video) for row in filmed]
+        write_image(folder / "videos" / "grid.png", success_grid(frames, [row.success for row in filmed]))
+
+
+def git_commit() -> str:
+    """Commit of the checkout this file is in, with "-dirty" if it was changed; "unknown" outside a checkout."""
+    checkout = Path(__file__).resolve().parents[1]
+    if not (checkout / ".git").exists():
+        return "unknown"
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def main(argv: list[str]) -> None:
+    """`vla eval`."""
+    from vla.cli import parse_config
+
+    config = parse_config(EvaluateConfig, argv, verb="eval")
+    if not config.policy.path:
+        raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
+    check(config)
+    from vla.policy import load_policy
+
+    policy = load_policy(config.policy.path, device=config.policy.device, decode=config.policy.decode)
+    rows = evaluate(config, policy, policy.content_hash)
+    folder = output_dir(config, policy.content_hash)
+    Console().print(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol"))
+    print(f"{tally(rows)}. Rows, eval_info.json{' and videos' if config.videos else ''}: {folder}")

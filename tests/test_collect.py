@@ -1,0 +1,110 @@
+"""Laws of collection with real spawned processes, on a world without a simulator."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sim.collect
+from sim import demonstration
+from sim.collect import CollectConfig, Job, Schedule, collect
+from sim.results import read_rows
+from tests.point_world import build_point_world, point_expert
+from vla.frame_cache import FrameCache
+
+
+@pytest.fixture(autouse=True)
+def three_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite of three tasks under the name of one of ten, in the parent; the processes ask the world."""
+    suite = replace(sim.collect.get_suite("libero_object"), num_tasks=3)
+    monkeypatch.setattr(sim.collect, "get_suite", lambda name: suite)
+
+
+def demonstrations(root: Path, **changes) -> CollectConfig:
+    defaults = dict(suite="libero_object", output_dir=root, tasks=[0, 1], episodes_per_task=3, workers=1, image_size=8)
+    return CollectConfig(**{**defaults, "max_steps": 60, "cache_only": True, **changes})
+
+
+def gather(config: CollectConfig) -> dict:
+    return collect(config, build=build_point_world, expert=point_expert)
+
+
+def assert_equal_caches(first: Path, second: Path) -> None:
+    for path in sorted(first.iterdir()):
+        assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+def test_a_data_set_depends_on_neither_workers_nor_interruptions(tmp_path, monkeypatch):
+    gather(demonstrations(tmp_path / "one"))
+    gather(demonstrations(tmp_path / "three", workers=3))
+    assert_equal_caches(tmp_path / "one" / "cache", tmp_path / "three" / "cache")
+    pack = sim.collect.packing.pack
+    monkeypatch.setattr(sim.collect.packing, "pack", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        gather(demonstrations(tmp_path / "parts", episodes_per_task=2))
+    monkeypatch.setattr(sim.collect.packing, "pack", pack)
+    demonstration.staged_path(tmp_path / "parts" / "episodes", 0, 1).unlink()
+    gather(demonstrations(tmp_path / "parts", workers=2))
+    assert_equal_caches(tmp_path / "one" / "cache", tmp_path / "parts" / "cache")
+
+
+def test_a_data_set_holds_the_episodes_asked_for_and_no_staging(tmp_path):
+    report = gather(demonstrations(tmp_path / "set"))
+    cache = FrameCache.open(tmp_path / "set")
+    assert cache.num_episodes == 6 and cache.episode_tasks.tolist() == [0, 0, 0, 1, 1, 1]
+    assert cache.instructions == ("reach ball 0", "reach ball 1")
+    assert not (tmp_path / "set" / "episodes").exists()
+    assert report["expert_all"]["successes"] == 6 and report["cache_bytes"] > 0
+    assert "no LeRobotDataset" in cache.source
+    with pytest.raises(ValueError, match="packed already"):
+        gather(demonstrations(tmp_path / "set"))
+
+
+def test_an_expert_that_cannot_do_a_task_is_found_out(tmp_path):
+    with pytest.raises(ValueError, match=r"tasks \[2\]"):
+        gather(demonstrations(tmp_path / "set", tasks=[0, 2], max_steps=30))
+    attempts = read_rows(tmp_path / "set" / "attempts.jsonl")
+    assert sum(attempt["task"] == 2 for attempt in attempts) == sim.collect.PATIENCE
+    assert len(list((tmp_path / "set" / "episodes").glob("task_000-*.npz"))) == 3, "what other tasks have is kept"
+
+
+def test_other_settings_in_the_same_folder_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="noise 2"):
+        gather(demonstrations(tmp_path / "set", noise=2.0))
+    with pytest.raises(ValueError, match=r"tasks \[2\]"):
+        gather(demonstrations(tmp_path / "set", tasks=[2], max_steps=30))
+    with pytest.raises(ValueError, match="max_steps was 30, is 60"):
+        gather(demonstrations(tmp_path / "set", tasks=[2]))
+
+
+def test_a_full_disk_is_one_message_before_anything_is_collected(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 5 * 10**6, 5 * 10**6))
+    with pytest.raises(ValueError, match="needs about 1.0 GB, .* has 0.0 GB free"):
+        gather(demonstrations(tmp_path / "set"))
+    assert not list((tmp_path / "set" / "episodes").iterdir())
+
+
+def test_a_schedule_tries_starts_in_order_and_never_too_many():
+    schedule = Schedule([0], 2, [])
+    assert [schedule.next_job(None) for _ in range(3)] == [Job(0, 0), Job(0, 1), None]
+    schedule.finish(Job(0, 1), True)
+    assert schedule.next_job(Job(0, 1)) is None, "start 0 may still succeed"
+    schedule.finish(Job(0, 0), False)
+    assert schedule.next_job(None) == Job(0, 2)
+    schedule.finish(Job(0, 2), True)
+    assert schedule.next_job(None) is None and schedule.solved(0) == [1, 2]
+
+
+def test_a_schedule_resumes_from_attempts():
+    attempts = [{"task": 0, "index": index, "success": index != 1} for index in range(3)]
+    schedule = Schedule([0], 3, attempts)
+    assert schedule.next_job(None) == Job(0, 3) and schedule.next_job(None) is None
+
+
+def test_demonstrations_show_the_start_they_name(tmp_path):
+    gather(demonstrations(tmp_path / "set", tasks=[1], episodes_per_task=2))
+    attempts = read_rows(tmp_path / "set" / "attempts.jsonl")
+    assert [(attempt["index"], attempt["seed"]) for attempt in attempts] == [(0, 0), (1, 1)]
+    np.testing.assert_array_equal(FrameCache.open(tmp_path / "set").state[0], np.zeros(3))

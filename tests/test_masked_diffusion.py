@@ -1,0 +1,97 @@
+"""Laws of the mask schedule, of corruption and of the remasking rules."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vla.masked_diffusion import (
+    REMASK_RULES,
+    RoundState,
+    corrupt,
+    mask_rate,
+    num_masked,
+    replace_visible,
+    stratified_times,
+    unmask_counts,
+)
+
+MASK = 99
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_mask_rate_runs_from_zero_to_one_with_mean_two_over_pi():
+    t = torch.linspace(0, 1, 10_001, dtype=torch.float64)
+    assert mask_rate(t)[0] == pytest.approx(0, abs=1e-12) and mask_rate(t)[-1] == 1
+    assert (mask_rate(t).diff() > 0).all()
+    assert mask_rate(t).mean() == pytest.approx(2 / math.pi, abs=1e-3)
+
+
+def test_unmask_counts_are_those_of_the_paper():
+    assert unmask_counts(56, 12) == [1, 1, 3, 3, 4, 5, 5, 6, 7, 7, 7, 7]
+    assert unmask_counts(56, 4) == [5, 12, 18, 21]
+
+
+@given(st.integers(1, 80), st.integers(1, 20))
+def test_unmask_counts_sum_to_the_slots(num_slots: int, rounds: int):
+    counts = unmask_counts(num_slots, rounds)
+    assert sum(counts) == num_slots and min(counts) >= 0 and len(counts) == rounds
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(0, 39), st.integers(0, 10**6))
+def test_corruption_masks_exactly_the_counted_slots_and_never_known_ones(num_slots: int, num_known: int, seed: int):
+    num_known = min(num_known, num_slots - 1)
+    clean = torch.arange(num_slots).expand(5, -1).clone()
+    known = (torch.arange(num_slots) < num_known).expand(5, -1)
+    t = torch.rand(5, generator=seeded(seed))
+    corruption = corrupt(clean, t, MASK, generator=seeded(seed), is_known=known)
+    assert torch.equal(corruption.is_masked.sum(1), num_masked(t, torch.tensor(num_slots - num_known)))
+    assert not (corruption.is_masked & known).any()
+    assert torch.equal(corruption.noisy_tokens == MASK, corruption.is_masked)
+    assert torch.equal(torch.where(corruption.is_masked, clean, corruption.noisy_tokens), clean)
+
+
+def test_every_slot_is_masked_equally_often():
+    clean = torch.zeros(4000, 10, dtype=torch.long)
+    masked = corrupt(clean, torch.full((4000,), 1 / 3), MASK, generator=seeded()).is_masked.float().mean(0)
+    assert (masked - 0.5).abs().max() < 0.04  # mask_rate(1/3) = 0.5; 5 standard errors
+
+
+def test_replaced_tokens_are_wrong_allowed_and_visible():
+    clean = torch.randint(10, 20, (50, 12), generator=seeded())
+    first, last = torch.full((12,), 10), torch.full((12,), 19)
+    corruption = corrupt(clean, torch.full((50,), 0.3), MASK, generator=seeded(1))
+    replaced = replace_visible(corruption, clean, 0.5, first, last, generator=seeded(2))
+    wrong = replaced.is_replaced
+    assert wrong.any() and not (wrong & replaced.is_masked).any()
+    assert (replaced.noisy_tokens[wrong] != clean[wrong]).all()
+    assert ((replaced.noisy_tokens[wrong] >= 10) & (replaced.noisy_tokens[wrong] <= 19)).all()
+    assert torch.equal(replaced.noisy_tokens[~wrong], corruption.noisy_tokens[~wrong])
+
+
+def test_stratified_times_put_one_draw_into_each_stratum():
+    t = stratified_times(100, 4, seeded())
+    assert torch.equal((t * 4).floor().sort(dim=1).values, torch.arange(4.0).expand(100, 4))
+
+
+def test_rules_doubt_what_their_definition_says():
+    state = RoundState(
+        confidence=torch.tensor([[0.9, 0.2, 0.5]]),
+        committed_confidence=torch.tensor([[0.9, 0.3, 0.95]]),
+        progress=0.5,
+        next_progress=0.75,
+        noise=torch.tensor([[0.999, 0.999, 0.999]]),
+    )
+    doubted = {name: (rule(state) > 0)[0].tolist() for name, rule in REMASK_RULES.items()}
+    assert doubted == {
+        "none": [False, False, False],
+        "threshold": [False, True, False],
+        "residual_drop": [False, False, True],
+        "remdm": [False, False, False],
+    }

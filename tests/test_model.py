@@ -1,0 +1,183 @@
+"""The backbone under its masks and cache: cached equals uncached, one decoder class, heads that decode lawfully."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from multimodal.attention import KVCache, block_mask, causal_mask, prefix_mask, tree_mask
+from multimodal.config import DecoderConfig, get_preset
+from multimodal.decoder import Decoder, arange_positions
+from vla.action_tokenizer import ActionTokenizer
+from vla.decoding import DecodeConfig
+from vla.heads import HEADS, ActionBatch, HeadConfig, build_head
+from vla.model import VLA, VLAConfig
+
+TOKENIZER = ActionTokenizer(low=(-1.0, -0.5, 0.0), high=(1.0, 0.25, 0.0), bins=(15, 15, 15), binary=(2,))
+FAMILIES = {
+    "llama": DecoderConfig(hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_size=48),
+    "qwen3": DecoderConfig(hidden_size=32, num_layers=2, num_heads=4, head_size=12, mlp_size=48, qk_norm=True),
+    "qwen2": DecoderConfig(hidden_size=32, num_layers=2, num_heads=4, mlp_size=48, qkv_bias=True),
+    "gemma": DecoderConfig(
+        hidden_size=32, num_layers=2, num_heads=4, mlp_size=48, activation="geglu", norm_offset=1.0, embedding_scale=5.7
+    ),
+    "gpt2": DecoderConfig(
+        hidden_size=32, num_layers=2, num_heads=4, mlp_size=48, norm="layer", activation="gelu", positions="learned",
+        max_positions=32, qkv_bias=True, output_bias=True, mlp_bias=True,
+    ),
+}  # fmt: skip
+
+
+def build_model(seed: int = 0) -> VLA:
+    torch.manual_seed(seed)
+    vlm = replace(get_preset("debug"), vocab_size=20)
+    config = VLAConfig(vlm=vlm, text_length=6, action_horizon=4, action_dim=3, num_action_ids=TOKENIZER.vocab_size)
+    model = VLA(config).eval()
+    for parameter in model.parameters():  # away from the tame initialisation, so that an error shows
+        parameter.data.mul_(2.0)
+    return model
+
+
+def inputs(batch: int = 3, seed: int = 1):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(batch, 2, 3, 32, 32, generator=generator)
+    state = torch.randn(batch, 8, generator=generator)
+    text_mask = torch.arange(6) < torch.tensor([6, 3, 1, 4, 5])[:batch, None]
+    text = torch.randint(0, 20, (batch, 6), generator=generator) * text_mask
+    return images, state, text, text_mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_incremental_decoding_equals_one_causal_pass(family):
+    torch.manual_seed(0)
+    decoder = Decoder(FAMILIES[family]).eval()
+    x = torch.randn(2, 9, 32)
+    whole = decoder(x, causal_mask(9, 9), arange_positions(2, 0, 9, x.device))
+    cache, parts = decoder.new_cache(), []
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        positions = arange_positions(2, start, stop - start, x.device)
+        parts.append(decoder(x[:, start:stop], causal_mask(stop - start, stop), positions, cache))
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
+def test_commit_keeps_a_path_as_if_only_it_had_been_run():
+    torch.manual_seed(0)
+    decoder = Decoder(FAMILIES["llama"]).eval()
+    prompt, tree = torch.randn(1, 5, 32), torch.randn(1, 4, 32)
+    parents, depth = [-1, -1, 1, 0], torch.tensor([[0, 0, 1, 1]])
+    cache = decoder.new_cache()
+    decoder(prompt, causal_mask(5, 5), arange_positions(1, 0, 5, prompt.device), cache)
+    mask = torch.cat([torch.ones(4, 5, dtype=torch.bool), tree_mask(parents)], dim=1)
+    hidden = decoder(tree, mask, 5 + depth, cache)
+    cache.commit(5, torch.tensor([1, 2]))
+    straight = decoder.new_cache()
+    sequence = torch.cat([prompt, tree[:, [1, 2]]], dim=1)
+    expected = decoder(sequence, causal_mask(7, 7), arange_positions(1, 0, 7, prompt.device), straight)
+    torch.testing.assert_close(hidden[:, [1, 2]], expected[:, 5:], atol=1e-5, rtol=1e-5)
+    for layer in range(2):
+        torch.testing.assert_close(cache.keys[layer], straight.keys[layer], atol=1e-5, rtol=1e-5)
+
+
+def test_rollback_forgets_exactly_the_tail_and_refuses_the_future():
+    cache = KVCache(1)
+    keys = torch.randn(1, 2, 5, 4)
+    cache.append(0, keys[:, :, :3], keys[:, :, :3])
+    cache.append(0, keys[:, :, 3:], keys[:, :, 3:])
+    cache.rollback(3)
+    assert cache.length == 3 and torch.equal(cache.keys[0], keys[:, :, :3])
+    with pytest.raises(ValueError, match="holds 3"):
+        cache.rollback(4)
+
+
+def test_masks_are_what_their_names_say():
+    assert prefix_mask(2, 4).int().tolist() == [[1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
+    assert block_mask(torch.tensor([0, 0, 1])).int().tolist() == [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
+    assert tree_mask([-1, 0, 0, 1]).int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+
+
+def test_cached_action_rounds_equal_the_uncached_path():
+    model = build_model()
+    embeddings, is_real = model.embed_prefix(*inputs())
+    prefix = model.prefill(embeddings, is_real)
+    for seed in range(3):  # several rounds on one cache: a round leaves it as it was
+        tokens = torch.randint(0, 18, (3, 12), generator=torch.Generator().manual_seed(seed))
+        cached = model.action_hidden(tokens, prefix)
+        torch.testing.assert_close(cached, model.action_hidden_uncached(tokens, embeddings, is_real), atol=1e-5, rtol=1e-4)
+    assert prefix.cache.length == is_real.shape[1]
+
+
+def test_padding_text_changes_nothing():
+    model = build_model()
+    images, state, text, text_mask = inputs()
+    other = torch.where(text_mask, text, (text + 7) % 20)
+    tokens = torch.full((3, 12), model.config.mask_id)
+    hidden = [
+        model.action_hidden(tokens, model.prefill(*model.embed_prefix(images, state, ids, text_mask))) for ids in (text, other)
+    ]
+    torch.testing.assert_close(*hidden)
+
+
+def test_gradients_through_the_cache_equal_those_of_the_uncached_path():
+    model, tokens = build_model(), torch.full((3, 12), 17)
+    grads = []
+    for cached in (True, False):
+        model.zero_grad()
+        embeddings, is_real = model.embed_prefix(*inputs())
+        hidden = (
+            model.action_hidden(tokens, model.prefill(embeddings, is_real))
+            if cached
+            else model.action_hidden_uncached(tokens, embeddings, is_real)
+        )
+        hidden.square().sum().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.vlm.parameters() if p.grad is not None]))
+    torch.testing.assert_close(grads[0], grads[1], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_every_head_trains_and_decodes_only_allowed_tokens(head_type):
+    model = build_model().train()
+    head = build_head(HeadConfig(type=head_type, mask_draws=3), TOKENIZER)
+    actions = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    tokens = torch.as_tensor(TOKENIZER.encode(actions.numpy()))
+    is_pad = torch.zeros(3, 4, dtype=torch.bool)
+    is_pad[0, 2:] = True
+    batch = ActionBatch(tokens, actions, is_pad)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(20):
+        loss = head.loss(model, model.prefill(*model.embed_prefix(*inputs())), batch, generator)
+        optimizer.zero_grad()
+        (loss.loss_sum / loss.normalizer).backward()
+        optimizer.step()
+        losses.append(float(loss.loss_sum.detach()) / loss.normalizer)
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    model.eval()
+    known = tokens.flatten(1)
+    is_known = torch.zeros(3, 12, dtype=torch.bool)
+    is_known[1, :3] = True
+    with torch.no_grad():
+        prefix = model.prefill(*model.embed_prefix(*inputs()))
+        decoded = head.decode(model, prefix, known, is_known, DecodeConfig(rounds=3), [0, 0, 0])
+    TOKENIZER.decode_ids(decoded.tokens.view(3, 4, 3))  # raises on an id its dimension cannot take
+    assert torch.equal(decoded.tokens[is_known], known[is_known])
+
+
+@pytest.mark.parametrize("head_type", HEADS)
+def test_padded_steps_and_known_steps_do_not_reach_the_loss(head_type):
+    model = build_model()
+    head = build_head(HeadConfig(type=head_type, mask_draws=2, replace_visible=0.0, known_prefix=0.0), TOKENIZER)
+    is_pad = torch.ones(3, 4, dtype=torch.bool)
+    is_pad[:2, :2] = False  # row 2 is padding altogether
+    tokens = torch.as_tensor(TOKENIZER.encode(torch.zeros(3, 4, 3).numpy()))
+    prefix = model.prefill(*model.embed_prefix(*inputs()))
+    loss = head.loss(model, prefix, ActionBatch(tokens, torch.zeros(3, 4, 3), is_pad), torch.Generator().manual_seed(0))
+    loss.loss_sum.backward()
+    assert torch.isfinite(loss.loss_sum) and loss.normalizer <= 4
+    grad = model.action_head.weight.grad
+    assert torch.isfinite(grad).all()
+
+
+def test_a_config_survives_its_dictionary():
+    config = build_model().config
+    assert VLAConfig.from_dict(config.to_dict()) == config

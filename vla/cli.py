@@ -1,0 +1,239 @@
+"""The verbs of the command `vla`, and how a verb reads its settings.
+
+A verb is "module:function", imported when called, so the table ties no package to another and `vla --help` is instant.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One line of `vla --help`."""
+
+    target: str  # "module:function", called with the rest of the command line
+    summary: str
+    example: str
+
+
+GROUPS: dict[str, dict[str, Verb]] = {
+    "Start here": {
+        "demo": Verb("sim.demo:main", "collect, train and evaluate on robosuite lift", "vla demo"),
+        "doctor": Verb("sim.doctor:main", "what is installed, rendered, found; what to do for the rest", "vla doctor"),
+    },
+    "Work": {
+        "collect": Verb(
+            "sim.collect:main",
+            "expert episodes -> LeRobotDataset and frame cache",
+            "vla collect --suite=robosuite_lift --episodes=100 --workers=2",
+        ),
+        "train": Verb(
+            "vla.train:main",
+            "frame cache -> policy",
+            "vla train --config_path configs/lift_demo.yaml --dataset.root=DATA --output_dir=RUN",
+        ),
+        "eval": Verb(
+            "sim.evaluate:main",
+            "policy -> success table, with intervals",
+            "vla eval --policy.path=RUN/checkpoints/last/policy --suite=robosuite_lift --episodes=50 --workers=2",
+        ),
+    },
+    "Measure": {
+        "experts": Verb(
+            "sim.experts.measure:main",
+            "success of the scripted experts",
+            "vla experts --suite=libero_object --episodes=20",
+        ),
+        "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench latency"),
+    },
+}
+VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code: 0 done, 2 a mistake of the user (one line on stderr), 130 interrupted.
+
+    REMASK_TRACEBACK=1 lets errors through whole.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    name, *rest = argv
+    try:
+        if name not in VERBS:
+            near = difflib.get_close_matches(name, VERBS, n=1)
+            raise ValueError(f"no verb {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Verbs: {', '.join(VERBS)}.")
+        return resolve(VERBS[name].target)(rest) or 0
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("REMASK_TRACEBACK"):
+            raise
+        print(f"error: {_one_error(error)}", file=sys.stderr)
+        return 2
+
+
+def overview() -> str:
+    """What `vla --help` prints."""
+    lines = ["Remask: discrete-diffusion robot policies, from demonstrations to success tables.", "", "usage: vla VERB ..."]
+    for group, verbs in GROUPS.items():
+        lines += ["", f"{group}:"]
+        for name, verb in verbs.items():
+            lines += [f"  {name:<9}{verb.summary}", f"  {'':<9}  $ {verb.example}"]
+    lines += [
+        "",
+        "`vla VERB --help` lists the settings of a verb. Settings come from --config_path FILE.yaml and --name=value, the",
+        "latter wins. Data, runs and caches live under REMASK_HOME (default ~/.cache/remask). REMASK_TRACEBACK=1 shows the",
+        "traceback of an error.",
+    ]
+    return "\n".join(lines)
+
+
+def resolve(target: str) -> Any:
+    """The function of "module:function". Raises ValueError naming the extra to install if a package is missing."""
+    module_name, function = target.split(":")
+    try:
+        return getattr(importlib.import_module(module_name), function)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"this verb needs the Python package {error.name!r}, which is not installed. `make` in a checkout installs "
+            f"everything; `vla doctor` lists what is missing."
+        ) from error
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Run `main(rest)` of tests/benchmarks/bench_NAME.py. Raises ValueError outside a checkout or for another name."""
+    checkout = Path(__file__).resolve().parents[1]
+    folder = checkout / "tests" / "benchmarks"
+    names = sorted(path.stem.removeprefix("bench_") for path in folder.glob("bench_*.py"))
+    if not folder.is_dir():
+        raise ValueError("benchmarks are not part of the installed package; run `vla bench` from a checkout (git clone).")
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: vla bench NAME ...\n\nnames: " + ", ".join(names))
+        return 0
+    if argv[0] not in names:
+        raise ValueError(f"no benchmark {argv[0]!r}; there are {', '.join(names) or 'none yet'}.")
+    if str(checkout) not in sys.path:
+        sys.path.insert(0, str(checkout))
+    return resolve(f"tests.benchmarks.bench_{argv[0]}:main")(list(argv[1:])) or 0
+
+
+def parse_config(config_class: type[T], argv: Sequence[str], *, verb: str = "VERB") -> T:
+    """Settings from `--config_path FILE.yaml` and `--a.b=value`; the command line wins.
+
+    What draccus 0.10 does not say: fields may be nested dataclasses, tuples, lists, dicts (given whole, as YAML:
+    `--tasks=[0,1]`, `--table='{a: 1}'`), Path, `X | None` (`null`); a Literal has no decoder, so declare `str` and check
+    it in __post_init__; an abbreviated flag would be taken silently, so names are checked here first; a ValueError
+    of __post_init__ arrives wrapped, and is unwrapped here. A bare `--resume` of a bool field means true.
+    `--help` prints every field and leaves with SystemExit(0).
+    Raises ValueError of one line for an unknown field or a value of the wrong type, FileNotFoundError for the YAML file.
+    """
+    import draccus  # 0.3 s, so not at import
+    from draccus.utils import DraccusException
+    from yaml import YAMLError
+
+    settings = {name: (field, kind) for name, field, kind in _settings(config_class)}
+    if any(argument in ("-h", "--help") for argument in argv):
+        print(_settings_help(config_class, settings, verb))
+        raise SystemExit(0)
+    arguments = _checked_arguments(argv, settings, verb)
+    try:
+        return draccus.parse(config_class, args=arguments)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"no file {error.filename} (--config_path).") from error
+    except YAMLError as error:
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
+    except (DraccusException, AttributeError) as error:
+        cause = error.__cause__
+        own = isinstance(cause, (ValueError, TypeError)) and "instantiate class" in str(error)
+        text = " ".join(str(cause if own else error).split())
+        raise ValueError(f"{text} (`vla {verb} --help` lists the settings)") from error
+
+
+def _settings(config_class: type, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
+    """(dotted name, field, type) of every leaf, nested dataclasses opened, in order."""
+    hints = get_type_hints(config_class)
+    for field in fields(config_class):
+        name, kind = prefix + field.name, hints[field.name]
+        if is_dataclass(kind):
+            yield from _settings(kind, f"{name}.")
+        else:
+            yield name, field, kind
+
+
+def _checked_arguments(argv: Sequence[str], settings: dict[str, tuple[Field, Any]], verb: str) -> list[str]:
+    """`--name=value` for every argument, names checked, so that argparse has nothing left to misread."""
+    result: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        flag, equals, value = waiting.pop(0).partition("=")
+        name = flag.removeprefix("--")
+        if not flag.startswith("--"):
+            raise ValueError(f"unexpected argument {flag!r}; settings are written --name=value.")
+        if name != "config_path" and name not in settings:
+            near = difflib.get_close_matches(name, settings, n=1, cutoff=0.5)
+            hint = f"; did you mean --{near[0]}?" if near else "."
+            raise ValueError(f"no setting --{name}{hint} (`vla {verb} --help` lists them)")
+        if not equals:
+            if waiting and not waiting[0].startswith("--"):
+                value = waiting.pop(0)
+            elif name in settings and settings[name][1] is bool:
+                value = "true"
+            else:
+                raise ValueError(f"--{name} needs a value: --{name}=...")
+        result.append(f"--{name}={value}")
+    return result
+
+
+def _settings_help(config_class: type, settings: dict[str, tuple[Field, Any]], verb: str) -> str:
+    """Every setting with its default and the comment beside it in the source."""
+    from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
+
+    owners = {f"{field.name}": config_class for field in fields(config_class)}
+    lines = [f"usage: vla {verb} [--config_path FILE.yaml] [--name=value ...]", "", _first_line(config_class), ""]
+    for name, (field, kind) in settings.items():
+        owner = owners.get(name) or _owner(config_class, name)
+        comment = get_preferred_help_text(get_attribute_docstring(owner, field.name)) or ""
+        lines.append(f"  --{name}={_default(field, kind)}")
+        lines += textwrap.wrap(comment, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    return "\n".join(lines)
+
+
+def _owner(config_class: type, name: str) -> type:
+    """The dataclass that declares the dotted `name`."""
+    for part in name.split(".")[:-1]:
+        config_class = get_type_hints(config_class)[part]
+    return config_class
+
+
+def _default(field: Field, kind: Any) -> str:
+    value = field.default if field.default_factory is MISSING else field.default_factory()
+    if value is MISSING:
+        return f"<{getattr(kind, '__name__', kind)}, required>"
+    if value is None:
+        return f"null <{kind}>"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value) if isinstance(value, tuple) else value)
+
+
+def _first_line(config_class: type) -> str:
+    return (config_class.__doc__ or config_class.__name__).strip().splitlines()[0]
+
+
+def _one_error(error: Exception) -> str:
+    """The message; an operating system's error keeps its file name."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return str(error)

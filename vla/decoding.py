@@ -1,0 +1,145 @@
+"""Iterative unmasking: one loop for fresh chunks, chunks that continue known actions, and one-round decoding."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from multimodal.config import check_choice
+from vla.masked_diffusion import REMASK_RULES, RoundState, masked_after
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """How a chunk is unmasked. The defaults are greedy and deterministic."""
+
+    rounds: int = 6  # at most this many passes over the action slots
+    threshold: float = 0.9  # commit every slot at least this confident, beyond the round's quota; > 1 turns it off
+    token_temperature: float = 0.0  # 0: the likeliest token; else sample
+    order_temperature: float = 0.0  # Gumbel noise on the order, falling to 0 over the rounds; 0: by confidence
+    remask: str = "none"  # none | threshold | residual_drop | remdm
+
+    def __post_init__(self) -> None:
+        check_choice("DecodeConfig", "remask", self.remask, tuple(REMASK_RULES))
+        if self.rounds < 1:
+            raise ValueError(f"DecodeConfig.rounds is {self.rounds}; at least one round is needed.")
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A decoded batch. Probabilities are those a slot's token was committed with; one-hot at known slots."""
+
+    tokens: Tensor  # int64 [B, L]
+    probs: Tensor  # float32 [B, L, V]
+    confidence: Tensor  # float32 [B, L], probability of the token when it was committed; 1 at known slots
+    rounds: Tensor  # int64 [B], passes each row took
+
+
+# noisy tokens [R, L], rows of the batch they belong to [R] -> logits [R, L, V], -inf at ids a slot may not hold
+LogitsFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+def decode(
+    logits_of: LogitsFunction,
+    known_tokens: Tensor,
+    is_known: Tensor,
+    mask_id: int,
+    config: DecodeConfig,
+    seeds: Sequence[int] | None = None,
+) -> Decoded:
+    """Unmask every slot that is not known.
+
+    known_tokens: int64 [B, L], read where is_known [B, L]; those slots are never changed. Per round: predict all masked
+    slots, commit the most confident until at most the cosine quota stays masked, and everything above the threshold;
+    then the remasking rule may return doubtful slots, fewer than were just committed, so the last round ends the loop.
+    A row whose slots are all committed takes no further part. A row depends on its own inputs and seed only.
+    """
+    tokens = torch.where(is_known, known_tokens, torch.full_like(known_tokens, mask_id))
+    batch, device = tokens.shape[0], tokens.device
+    num_free = (~is_known).sum(1)
+    generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0] * batch)]
+    confidence = is_known.float()
+    probs: Tensor | None = None
+    rounds_used = torch.zeros(batch, dtype=torch.long, device=device)
+
+    for index in range(config.rounds):
+        rows = (tokens == mask_id).any(1).nonzero()[:, 0]
+        if rows.numel() == 0:
+            break
+        row_probs = torch.softmax(logits_of(tokens[rows], rows).float(), dim=-1)
+        if probs is None:
+            probs = torch.zeros(batch, tokens.shape[1], row_probs.shape[-1], device=device)
+            probs.scatter_(2, torch.where(is_known, known_tokens, 0)[..., None], is_known.float()[..., None])
+        rounds_used[rows] += 1
+        noise = _Noise([generators[row] for row in rows.tolist()], device)
+        now = tokens[rows]
+        masked = now == mask_id
+        proposal = _propose(row_probs, config.token_temperature, noise)
+        score = row_probs.gather(2, proposal[..., None])[..., 0]
+        chosen = _commit(score, masked, num_free[rows], index, config, noise)
+
+        now = torch.where(chosen, proposal, now)
+        confidence[rows] = torch.where(chosen, score, confidence[rows])
+        probs[rows] = torch.where(chosen[..., None], row_probs, probs[rows])
+        if config.remask != "none" and index + 1 < config.rounds:
+            free = ~is_known[rows] & ~masked  # committed in earlier rounds
+            doubted = _doubt(row_probs, now, confidence[rows], free, chosen.sum(1) - 1, index, config, noise)
+            now = now.masked_fill(doubted, mask_id)
+        tokens[rows] = now
+
+    if probs is None:  # nothing was masked: every slot was known
+        size = int(known_tokens.max()) + 1
+        probs = torch.nn.functional.one_hot(known_tokens, size).float()
+    return Decoded(tokens, probs, confidence, rounds_used)
+
+
+class _Noise:
+    """Random numbers drawn row by row, each row from its own generator."""
+
+    def __init__(self, generators: list[torch.Generator], device: torch.device) -> None:
+        self.generators, self.device = generators, device
+
+    def uniform(self, *shape: int) -> Tensor:
+        rows = [torch.rand(shape, generator=generator, dtype=torch.float64) for generator in self.generators]
+        return torch.stack(rows).to(self.device)
+
+    def gumbel(self, *shape: int) -> Tensor:
+        """In float64: float32 Gumbel noise is truncated and sharpens sampling (ReMDM, appendix)."""
+        return -torch.log(-torch.log(self.uniform(*shape).clamp(1e-300, 1 - 1e-16)))
+
+
+def _propose(probs: Tensor, temperature: float, noise: _Noise) -> Tensor:
+    """A token for every slot: int64 [R, L]."""
+    if temperature == 0.0:
+        return probs.argmax(-1)
+    return (probs.double().log() / temperature + noise.gumbel(*probs.shape[1:])).argmax(-1)
+
+
+def _commit(score: Tensor, masked: Tensor, num_free: Tensor, index: int, config: DecodeConfig, noise: _Noise) -> Tensor:
+    """Which masked slots become tokens in this round: bool [R, L]."""
+    order = score.double().log()
+    if config.order_temperature > 0.0:
+        progress = (index + 1) / config.rounds
+        order = order + config.order_temperature * (1.0 - progress) * noise.gumbel(score.shape[1])
+    order = order.masked_fill(~masked, -torch.inf)
+    quota = masked.sum(1) - masked_after(index, config.rounds, num_free)
+    rank = order.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return masked & ((rank < quota.clamp_min(1)[:, None]) | (score >= config.threshold))
+
+
+def _doubt(
+    probs: Tensor, tokens: Tensor, committed: Tensor, free: Tensor, budget: Tensor, index: int, config: DecodeConfig, noise: _Noise
+) -> Tensor:
+    """Which earlier committed slots are masked again, at most `budget` [R] of a row: bool [R, L]."""
+    standing = probs.gather(2, tokens.clamp_max(probs.shape[-1] - 1)[..., None])[..., 0]
+    state = RoundState(
+        confidence=standing,
+        committed_confidence=committed,
+        progress=(index + 1) / config.rounds,
+        next_progress=(index + 2) / config.rounds,
+        noise=noise.uniform(tokens.shape[1]).float(),
+    )
+    doubt = REMASK_RULES[config.remask](state).masked_fill(~free, -torch.inf)
+    rank = doubt.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return (doubt > 0) & (rank < budget[:, None])

@@ -1,0 +1,196 @@
+"""The frame cache: the decoded frames of a data set in one folder, readable without lerobot:
+
+    manifest.json        format version, RobotSpec, instructions, per-episode length / task / instruction, source
+    image.<camera>.npy   uint8 [F, H, W, 3]
+    state.npy            float32 [F, S]
+    action.npy           float32 [F, D]
+    episode.npy          int32 [F]
+
+Raw uint8 is read through a memory map: no decoding, and the page cache is the only copy. numpy only.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vla.interface import RobotSpec
+
+CACHE_VERSION = 1
+
+
+class FrameCacheWriter:
+    """Writes episodes to a new cache; nothing appears at `root` before everything is written.
+
+        with FrameCacheWriter(root, spec, source="...") as writer:
+            writer.add_episode(images, state, action, instruction="pick up the cube", task=0)
+
+    An existing cache at `root` is replaced at the end; on an exception it stays and the unfinished one is removed.
+    """
+
+    def __init__(self, root: Path | str, spec: RobotSpec, *, source: str = "") -> None:
+        self.root, self.spec, self.source = Path(root), spec, source
+        self._partial = self.root.with_name(self.root.name + ".partial")
+
+    def __enter__(self) -> "FrameCacheWriter":
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+        size = self.spec.image_size
+        shapes = {f"image.{camera}": (np.uint8, (size, size, 3)) for camera in self.spec.cameras}
+        shapes |= {"state": (np.float32, (self.spec.state_dim,)), "action": (np.float32, (self.spec.action_dim,))}
+        shapes["episode"] = (np.int32, ())
+        self._files = {name: _GrowingArray(self._partial / f"{name}.npy", *kind) for name, kind in shapes.items()}
+        self._instructions: list[str] = []
+        self._episodes: dict[str, list[int]] = {"length": [], "task": [], "instruction": []}
+        return self
+
+    def add_episode(
+        self, images: dict[str, np.ndarray], state: np.ndarray, action: np.ndarray, *, instruction: str, task: int
+    ) -> None:
+        """images: camera -> uint8 [T, H, W, 3]; state [T, S]; action [T, D]. Raises ValueError on a wrong shape."""
+        missing = [camera for camera in self.spec.cameras if camera not in images]
+        if missing:
+            raise ValueError(
+                f"Episode lacks camera {missing[0]!r}; got {sorted(images)}, the spec names {self.spec.cameras}."
+            )
+        columns = {f"image.{camera}": images[camera] for camera in self.spec.cameras}
+        columns |= {"state": np.asarray(state, np.float32), "action": np.asarray(action, np.float32)}
+        columns["episode"] = np.full(len(action), len(self._episodes["length"]), np.int32)
+        for name, values in columns.items():
+            file = self._files[name]
+            if values.shape != (len(action), *file.shape) or values.dtype != file.dtype or len(action) == 0:
+                raise ValueError(
+                    f"{name} of episode {len(self._episodes['length'])} is {values.dtype} {values.shape}; expected "
+                    f"{np.dtype(file.dtype)} {(len(action), *file.shape)} with at least one frame."
+                )
+        for name, values in columns.items():
+            self._files[name].append(values)
+        if instruction not in self._instructions:
+            self._instructions.append(instruction)
+        self._episodes["length"].append(len(action))
+        self._episodes["task"].append(int(task))
+        self._episodes["instruction"].append(self._instructions.index(instruction))
+
+    def __exit__(self, exception_type: type[BaseException] | None, *_: Any) -> None:
+        is_whole = False
+        try:
+            for file in self._files.values():
+                file.close()  # flushes, so this too can meet a full disk
+            if exception_type is None:
+                self._write_manifest()
+                is_whole = True
+        finally:
+            if not is_whole:
+                shutil.rmtree(self._partial)
+        if is_whole:
+            shutil.rmtree(self.root, ignore_errors=True)
+            self._partial.rename(self.root)
+
+    def _write_manifest(self) -> None:
+        if not self._episodes["length"]:
+            raise ValueError(f"No episode was added, so there is no frame cache to write at {self.root}.")
+        manifest = {
+            "version": CACHE_VERSION,
+            "source": self.source,
+            "spec": self.spec.to_dict(),
+            "instructions": self._instructions,
+            "episodes": self._episodes,
+        }
+        (self._partial / "manifest.json").write_text(json.dumps(manifest))
+
+
+class _GrowingArray:
+    """A .npy file that grows along its first axis; numpy pads the header so that the length can be rewritten."""
+
+    def __init__(self, path: Path, dtype: type, shape: tuple[int, ...]) -> None:
+        self.dtype, self.shape, self._length = dtype, shape, 0
+        self._file = path.open("wb")
+        self._write_header()
+
+    def _write_header(self) -> None:
+        self._file.seek(0)
+        description = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.dtype)), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self._file, description | {"shape": (self._length, *self.shape)})
+
+    def append(self, values: np.ndarray) -> None:
+        self._file.write(np.ascontiguousarray(values).data)
+        self._length += len(values)
+
+    def close(self) -> None:
+        self._write_header()
+        self._file.close()
+
+
+@dataclass(frozen=True, eq=False)
+class FrameCache:
+    """An open cache: F frames of E episodes, frames of one episode contiguous."""
+
+    root: Path
+    spec: RobotSpec
+    source: str
+    instructions: tuple[str, ...]
+    episode_starts: np.ndarray  # int64 [E + 1], the last is F
+    episode_tasks: np.ndarray  # int64 [E], task of the suite
+    episode_instructions: np.ndarray  # int64 [E], index into instructions
+    images: dict[str, np.ndarray]  # camera -> uint8 [F, H, W, 3], memory maps
+    state: np.ndarray  # float32 [F, S]
+    action: np.ndarray  # float32 [F, D]
+    episode: np.ndarray  # int32 [F]
+
+    @classmethod
+    def open(cls, root: Path | str) -> "FrameCache":
+        """Open a cache folder, or the `cache` folder inside a data set.
+
+        Raises FileNotFoundError if there is none, ValueError if it has another version or is incomplete.
+        """
+        root = Path(root).expanduser()
+        if not (root / "manifest.json").is_file() and (root / "cache" / "manifest.json").is_file():
+            root = root / "cache"
+        if not (root / "manifest.json").is_file():
+            raise FileNotFoundError(
+                f"No frame cache at {root} (manifest.json is missing). Make one with `vla collect --suite=SUITE "
+                f"--output_dir={root}`, or from a LeRobotDataset with `python -m vla.lerobot_dataset DATASET_ROOT`."
+            )
+        manifest = json.loads((root / "manifest.json").read_text())
+        if manifest["version"] != CACHE_VERSION:
+            raise ValueError(
+                f"Frame cache {root} has version {manifest['version']}, this code reads {CACHE_VERSION}; make it again "
+                "with `python -m vla.lerobot_dataset DATASET_ROOT`."
+            )
+        spec = RobotSpec.from_dict(manifest["spec"])
+        lengths = np.array(manifest["episodes"]["length"], dtype=np.int64)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        cache = cls(
+            root=root,
+            spec=spec,
+            source=manifest["source"],
+            instructions=tuple(manifest["instructions"]),
+            episode_starts=starts,
+            episode_tasks=np.array(manifest["episodes"]["task"], dtype=np.int64),
+            episode_instructions=np.array(manifest["episodes"]["instruction"], dtype=np.int64),
+            images={camera: np.load(root / f"image.{camera}.npy", mmap_mode="r") for camera in spec.cameras},
+            state=np.load(root / "state.npy"),
+            action=np.load(root / "action.npy"),
+            episode=np.load(root / "episode.npy"),
+        )
+        size = spec.image_size
+        expected = {"state": (spec.state_dim,), "action": (spec.action_dim,), "episode": ()}
+        found = {name: getattr(cache, name).shape for name in expected}
+        expected |= {f"image.{camera}": (size, size, 3) for camera in spec.cameras}
+        found |= {f"image.{camera}": frames.shape for camera, frames in cache.images.items()}
+        for name, shape in expected.items():
+            if found[name] != (starts[-1], *shape):
+                wanted = (int(starts[-1]), *shape)
+                raise ValueError(f"{root / name}.npy has shape {found[name]}; its manifest says {wanted}.")
+        return cache
+
+    @property
+    def num_frames(self) -> int:
+        return int(self.episode_starts[-1])
+
+    @property
+    def num_episodes(self) -> int:
+        return len(self.episode_tasks)

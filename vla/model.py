@@ -1,0 +1,154 @@
+"""VLA = vision-language model + action slots: encode the prefix once, run only the slots in every round.
+
+The prefix (images, state, text) never sees the actions, in training as in inference, so its key/value cache is exact
+and a chunk costs P + T * L token passes instead of T * (P + L).
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.attention import KVCache, causal_mask, key_padding_mask
+from multimodal.config import DecoderConfig, VisionConfig, VLMConfig
+from multimodal.decoder import arange_positions, initialise
+from multimodal.vlm import VLM
+
+
+@dataclass(frozen=True)
+class VLAConfig:
+    """Everything that decides parameter shapes. Ids 0 .. num_action_ids - 1 can be predicted; the next one is the mask."""
+
+    vlm: VLMConfig = field(default_factory=VLMConfig)
+    state_dim: int = 8
+    text_length: int = 16  # instruction ids, padded to this
+    action_horizon: int = 8
+    action_dim: int = 7
+    num_action_ids: int = 257
+
+    @property
+    def num_slots(self) -> int:
+        return self.action_horizon * self.action_dim
+
+    @property
+    def mask_id(self) -> int:
+        return self.num_action_ids
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VLAConfig":
+        """Inverse of `to_dict`. Raises TypeError on a missing or unknown field."""
+        vlm = dict(values["vlm"])
+        decoder = dict(vlm.pop("decoder"))
+        decoder["rotary_sections"] = tuple(decoder["rotary_sections"])
+        built = VLMConfig(vision=VisionConfig(**vlm.pop("vision")), decoder=DecoderConfig(**decoder), **vlm)
+        return cls(vlm=built, **{key: value for key, value in values.items() if key != "vlm"})
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """An encoded observation: the cache of its positions and which of them are real (not padding)."""
+
+    cache: KVCache
+    is_real: Tensor  # bool [B, P]
+
+    def repeat(self, times: int) -> "Prefix":
+        return Prefix(self.cache.repeat(times), self.is_real.repeat_interleave(times, dim=0))
+
+    def select(self, rows: Tensor) -> "Prefix":
+        """Rows of the batch; the prefix itself when they are all of it, in order."""
+        if rows.numel() == self.is_real.shape[0]:
+            return self
+        return Prefix(self.cache.select(rows), self.is_real.index_select(0, rows))
+
+
+class VLA(nn.Module):
+    """Action slots of [H, D] flattened step by step, same-position prediction (no shift)."""
+
+    def __init__(self, config: VLAConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vlm = VLM(config.vlm)
+        width = config.vlm.decoder.hidden_size
+        self.state_projector = nn.Linear(config.state_dim, width)
+        self.action_embedding = nn.Embedding(config.num_action_ids + 1, width)  # the last row is the trainable mask
+        self.step_embedding = nn.Embedding(config.action_horizon, width)
+        self.dim_embedding = nn.Embedding(config.action_dim, width)
+        self.action_head = nn.Linear(width, config.num_action_ids, bias=False)
+        for module in (
+            self.state_projector, self.action_embedding, self.step_embedding, self.dim_embedding, self.action_head
+        ):  # fmt: skip
+            initialise(module)
+
+    # ---------------------------------------------------------------------------------------------------------- prefix
+
+    def embed_prefix(self, images: Tensor, state: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """images float [B, C, 3, h, w]; state [B, S]; text_ids, text_mask [B, text_length].
+
+        Returns embeddings [B, P, width] in the order images, state, text, and is_real bool [B, P].
+        """
+        parts = (self.vlm.embed_images(images), self.state_projector(state)[:, None], self.vlm.embed_text(text_ids))
+        seen = torch.ones(state.shape[0], parts[0].shape[1] + 1, dtype=torch.bool, device=state.device)
+        return torch.cat([part.to(parts[1].dtype) for part in parts], dim=1), torch.cat([seen, text_mask], dim=1)
+
+    def prefill(self, embeddings: Tensor, is_real: Tensor) -> Prefix:
+        """Run the prefix once; every position sees all real ones."""
+        batch, length, _ = embeddings.shape
+        cache = self.vlm.decoder.new_cache()
+        positions = arange_positions(batch, 0, length, embeddings.device)
+        self.vlm.decoder.fill(embeddings, key_padding_mask(is_real), positions, cache)
+        return Prefix(cache, is_real)
+
+    # --------------------------------------------------------------------------------------------------------- actions
+
+    def embed_slots(self, tokens: Tensor, first_slot: int = 0) -> Tensor:
+        """Token ids [B, T] standing at slots first_slot .. first_slot + T - 1 -> [B, T, width]."""
+        slots = torch.arange(first_slot, first_slot + tokens.shape[1], device=tokens.device)
+        place = self.step_embedding(slots // self.config.action_dim) + self.dim_embedding(slots % self.config.action_dim)
+        return self.action_embedding(tokens) + place
+
+    def action_hidden(self, tokens: Tensor, prefix: Prefix) -> Tensor:
+        """One round: all slots [B, L] see the prefix and each other. Leaves the prefix as it is. [B, L, width]"""
+        batch, num_slots = tokens.shape
+        length = prefix.is_real.shape[1]
+        is_real = torch.cat([prefix.is_real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        return self.vlm.decoder(
+            self.embed_slots(tokens),
+            key_padding_mask(is_real),
+            arange_positions(batch, length, num_slots, tokens.device),
+            prefix.cache.view(),
+        )
+
+    def action_hidden_uncached(self, tokens: Tensor, embeddings: Tensor, is_real: Tensor) -> Tensor:
+        """The definition of `action_hidden`: prefix and slots in one pass, the prefix blind to the slots."""
+        batch, num_slots = tokens.shape
+        length = is_real.shape[1]
+        slots = self.embed_slots(tokens)
+        real = torch.cat([is_real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
+        mask = key_padding_mask(real).repeat(1, 1, length + num_slots, 1)
+        mask[:, :, :length, length:] = False
+        positions = arange_positions(batch, 0, length + num_slots, tokens.device)
+        hidden = self.vlm.decoder(torch.cat([embeddings.to(slots.dtype), slots], dim=1), mask, positions)
+        return hidden[:, length:]
+
+    def causal_hidden(self, previous: Tensor, prefix: Prefix, cache: KVCache, first_slot: int = 0) -> Tensor:
+        """Autoregressive slots: the input of a slot is the token before it (the mask id before the first).
+
+        previous [B, T]: tokens that precede slots first_slot .. first_slot + T - 1. cache: a view of the prefix's cache
+        that holds the slots before first_slot; the new ones are appended. Returns [B, T, width].
+        """
+        batch, count = previous.shape
+        length = prefix.is_real.shape[1]
+        past = causal_mask(count, first_slot + count, previous.device)
+        seen = key_padding_mask(prefix.is_real).expand(-1, -1, count, -1)
+        mask = torch.cat([seen, past.expand(batch, 1, -1, -1)], dim=3)
+        positions = arange_positions(batch, length + first_slot, count, previous.device)
+        return self.vlm.decoder(self.embed_slots(previous, first_slot), mask, positions, cache)
+
+    def action_logits(self, hidden: Tensor, allowed: Tensor) -> Tensor:
+        """hidden [..., width] -> float32 logits [..., V], -inf where `allowed` (bool, broadcastable) is False."""
+        return self.action_head(hidden).float().masked_fill(~allowed, -torch.inf)

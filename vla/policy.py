@@ -1,0 +1,184 @@
+"""A checkpoint folder becomes a Policy: observations in, action chunks in robot units out."""
+
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
+from multimodal.images import ImageConfig, prepare_images
+from multimodal.tokenizer import TextTokenizer
+from vla.action_tokenizer import ActionTokenizer
+from vla.decoding import DecodeConfig
+from vla.heads import HeadConfig, build_head
+from vla.interface import ActionChunk, Observation, RobotSpec
+from vla.model import VLA, VLAConfig
+from vla.normalization import Statistics
+from vla.transforms import Transforms
+
+FORMAT = "remask-policy-1"
+PACKAGES = ("torch", "timm", "numpy", "tokenizers", "remask")
+
+
+@dataclass(frozen=True)
+class PolicyAssets:
+    """All of a policy but its weights: what a checkpoint folder holds beside model.safetensors."""
+
+    model: VLAConfig
+    spec: RobotSpec
+    statistics: Statistics  # of the state
+    action_tokenizer: ActionTokenizer
+    text_tokenizer: TextTokenizer
+    images: ImageConfig = field(default_factory=ImageConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+    provenance: dict[str, Any] = field(default_factory=dict)  # data sets, seed, steps
+
+    @property
+    def transforms(self) -> Transforms:
+        return Transforms(self.spec, self.statistics)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Write the checkpoint folder, atomically."""
+        config = {
+            "format": FORMAT,
+            "model": self.model.to_dict(),
+            "head": asdict(self.head),
+            "decode": asdict(self.decode),
+            "images": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.images).items()},
+        }
+        config["model"]["vlm"]["decoder"]["rotary_sections"] = list(self.model.vlm.decoder.rotary_sections)
+        blobs = {
+            "schema.json": json.dumps(self.spec.to_dict(), indent=2),
+            "statistics.json": self.statistics.to_json(),
+            "action_tokenizer.json": json.dumps(self.action_tokenizer.to_dict()),
+            "tokenizer.json": self.text_tokenizer.to_json(),
+            "versions.json": json.dumps(_versions(), indent=2),
+            "provenance.json": json.dumps(self.provenance, indent=2),
+        }
+        save_checkpoint(folder, model_state=weights, config=config, blobs=blobs)
+
+    @classmethod
+    def load(cls, folder: Path) -> tuple["PolicyAssets", dict[str, Tensor]]:
+        """The assets and the weights. Raises FileNotFoundError or ValueError saying what is wrong with the folder."""
+        checkpoint = load_checkpoint(folder)
+        config = checkpoint.config
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{checkpoint.folder} holds format {config.get('format')!r}; this version reads {FORMAT!r}. "
+                "Train the policy again, or use the version in its versions.json."
+            )
+        images = {key: tuple(value) if isinstance(value, list) else value for key, value in config["images"].items()}
+        assets = cls(
+            model=VLAConfig.from_dict(config["model"]),
+            spec=RobotSpec.from_dict(json.loads(checkpoint.text("schema.json"))),
+            statistics=Statistics.from_json(checkpoint.text("statistics.json")),
+            action_tokenizer=ActionTokenizer.from_dict(json.loads(checkpoint.text("action_tokenizer.json"))),
+            text_tokenizer=TextTokenizer.from_json(checkpoint.text("tokenizer.json")),
+            images=ImageConfig(**images),
+            head=HeadConfig(**config["head"]),
+            decode=DecodeConfig(**config["decode"]),
+            provenance=json.loads(checkpoint.text("provenance.json")),
+        )
+        return assets, checkpoint.state
+
+
+class TorchPolicy:
+    """A `vla.interface.Policy` on torch."""
+
+    def __init__(self, assets: PolicyAssets, model: VLA, *, content_hash: str = "") -> None:
+        self.assets, self.model, self.content_hash = assets, model.eval(), content_hash
+        self.spec = assets.spec
+        self.action_horizon = assets.model.action_horizon
+        self.device = next(model.parameters()).device
+        self.head = build_head(assets.head, assets.action_tokenizer)
+
+    @torch.inference_mode()
+    def act(
+        self,
+        observations: Sequence[Observation],
+        *,
+        known: Sequence[np.ndarray | None] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[ActionChunk]:
+        """See `vla.interface.Policy.act`. info: rounds, confidence [H, D], milliseconds of the whole batch."""
+        start = time.perf_counter()
+        known_tokens, is_known = self._known_tokens(known or [None] * len(observations))
+        prefix = self.model.prefill(*self.embed(observations))
+        seeds = list(seeds or [0] * len(observations))
+        decoded = self.head.decode(self.model, prefix, known_tokens, is_known, self.assets.decode, seeds)
+        shape = (len(observations), self.action_horizon, self.spec.action_dim)
+        tokens = decoded.tokens.view(shape).cpu().numpy()
+        actions = self.assets.action_tokenizer.decode_expectation(decoded.probs.view(*shape, -1).cpu().numpy(), tokens)
+        confidence = decoded.confidence.view(shape).cpu().numpy()
+        milliseconds = 1e3 * (time.perf_counter() - start)
+        chunks = []
+        for row, chunk in enumerate(actions):
+            if known is not None and known[row] is not None:
+                chunk[: len(known[row])] = known[row]  # what was promised, not its bin centre
+            info = {"rounds": int(decoded.rounds[row]), "confidence": confidence[row], "milliseconds": milliseconds}
+            chunks.append(ActionChunk(chunk, info))
+        return chunks
+
+    def embed(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor]:
+        """Prefix embeddings [B, P, width] and is_real [B, P] of a batch; raises ValueError on a wrong observation."""
+        inputs = [self.assets.transforms.forward(observation) for observation in observations]
+        images = torch.as_tensor(np.stack([item.images for item in inputs])).to(self.device)
+        state = torch.as_tensor(np.stack([item.state for item in inputs])).to(self.device)
+        texts = [item.instruction for item in inputs]
+        ids, mask = self.assets.text_tokenizer.encode_batch(texts, self.assets.model.text_length)
+        return self.model.embed_prefix(
+            prepare_images(images, self.assets.images), state, ids.to(self.device), mask.to(self.device)
+        )
+
+    def _known_tokens(self, known: Sequence[np.ndarray | None]) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [B, L] of the known actions, and where they are."""
+        shape = (len(known), self.action_horizon, self.spec.action_dim)
+        tokens, is_known = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
+        for row, actions in enumerate(known):
+            if actions is None:
+                continue
+            if actions.ndim != 2 or actions.shape[1] != self.spec.action_dim or len(actions) > self.action_horizon:
+                raise ValueError(
+                    f"Known actions have shape {actions.shape}; expected [k, {self.spec.action_dim}] with "
+                    f"k <= {self.action_horizon}."
+                )
+            tokens[row, : len(actions)] = self.assets.action_tokenizer.encode(actions)
+            is_known[row, : len(actions)] = True
+        return torch.as_tensor(tokens).flatten(1).to(self.device), torch.as_tensor(is_known).flatten(1).to(self.device)
+
+
+def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any] | None = None) -> TorchPolicy:
+    """The policy of a checkpoint folder; `decode` overrides fields of its DecodeConfig (rounds, threshold, remask ...).
+
+    Raises FileNotFoundError for a folder without a checkpoint, ValueError for one that does not fit.
+    """
+    assets, weights = PolicyAssets.load(Path(path))
+    if decode:
+        assets = replace(assets, decode=replace(assets.decode, **decode))
+    model = VLA(replace_pretrained(assets.model))
+    load_weights(model, weights, path)
+    return TorchPolicy(assets, model.to(device), content_hash=checkpoint_hash(path))
+
+
+def replace_pretrained(config: VLAConfig) -> VLAConfig:
+    """The same shapes without fetching a tower's published weights: the checkpoint holds the trained ones."""
+    return replace(config, vlm=replace(config.vlm, vision=replace(config.vlm.vision, pretrained=None)))
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found

@@ -1,0 +1,242 @@
+"""Frame cache -> policy: the policy's loss step and batches on multimodal.training (`vla train`)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from multimodal.config import get_preset
+from multimodal.decoder import count_parameters
+from multimodal.images import ImageConfig, prepare_images
+from multimodal.tokenizer import train_tokenizer
+from multimodal.schedule import progress
+from multimodal.training import LossTerms, TrainingConfig, train
+from multimodal.training_state import last_checkpoint, read_position
+from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
+from vla.cli import parse_config
+from vla.data import ActionWindows, Batch, WindowMixture
+from vla.decoding import DecodeConfig
+from vla.frame_cache import FrameCache
+from vla.heads import ActionBatch, HeadConfig, build_head
+from vla.home import remask_home
+from vla.interface import Observation
+from vla.model import VLA, VLAConfig
+from vla.policy import PolicyAssets, TorchPolicy, load_policy
+from vla.transforms import clean_instruction
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Which demonstrations."""
+
+    root: list[Path] = field(default_factory=list)  # data set folders, or their caches; several are mixed
+    weights: list[float] | None = None  # share of each root; default by size
+    tasks: list[int] | None = None  # of the suite; default: all
+    held_out_fraction: float = 0.05  # whole episodes kept from training, for the held-out error
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The backbone by preset, and the shape of an action chunk."""
+
+    preset: str = "desk"  # see multimodal/config.py
+    action_horizon: int = 8  # steps of a chunk
+    num_bins: int = DEFAULT_NUM_BINS  # per continuous action dimension, odd
+    text_slack: int = 4  # instruction ids beyond the longest training instruction
+    pretrained: str | None = None  # weights of the image tower, see VisionConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of `vla train`."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)  # how the trained policy decodes by default
+    images: ImageConfig = field(default_factory=ImageConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000))
+    output_dir: Path | None = None  # default: REMASK_HOME/runs/policy
+    resume: bool = False  # continue from the last checkpoint in output_dir
+
+
+def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
+    """Everything of the policy that follows from the data and the settings."""
+    spec = mixture.sources[0].cache.spec
+    state_statistics, action_statistics = mixture.statistics()
+    instructions = sorted({clean_instruction(text) for source in mixture.sources for text in source.cache.instructions})
+    text_tokenizer = train_tokenizer(instructions)
+    action_tokenizer = ActionTokenizer.from_statistics(
+        action_statistics, binary=spec.binary_actions, num_bins=config.model.num_bins
+    )
+    preset = get_preset(config.model.preset)
+    vision = replace(preset.vision, image_size=config.images.output_size, pretrained=config.model.pretrained)
+    vlm = replace(preset, vision=vision, vocab_size=text_tokenizer.vocab_size, num_cameras=len(spec.cameras))
+    model = VLAConfig(
+        vlm=vlm,
+        state_dim=spec.state_dim,
+        text_length=max(len(text_tokenizer.encode(text)) for text in instructions) + config.model.text_slack,
+        action_horizon=config.model.action_horizon,
+        action_dim=spec.action_dim,
+        num_action_ids=action_tokenizer.vocab_size,
+    )
+    provenance = {
+        "datasets": [source.cache.root.name for source in mixture.sources],
+        "tasks": config.dataset.tasks,
+        "frames": len(mixture),
+        "episodes": sum(source.cache.num_episodes for source in mixture.sources),
+        "seed": config.training.seed,
+        "training": asdict(config.training),
+    }
+    return PolicyAssets(
+        model, spec, state_statistics, action_tokenizer, text_tokenizer, config.images, config.head, config.decode, provenance
+    )
+
+
+@dataclass(frozen=True)
+class PolicyBatch:
+    """A training batch on the device."""
+
+    images: Tensor  # uint8 [B, C, H, W, 3]
+    state: Tensor  # float32 [B, S], normalised
+    text_ids: Tensor
+    text_mask: Tensor
+    target: ActionBatch
+
+
+class Collator:
+    """numpy windows -> PolicyBatch, through the transforms that inference uses."""
+
+    def __init__(self, assets: PolicyAssets, device: torch.device) -> None:
+        self.assets, self.device = assets, device
+
+    def __call__(self, batch: Batch) -> PolicyBatch:
+        inputs = self.assets.transforms.forward_batch(batch)
+        ids, mask = self.assets.text_tokenizer.encode_batch(inputs.instructions, self.assets.model.text_length)
+        tokens = torch.as_tensor(self.assets.action_tokenizer.encode(batch.actions))
+        actions, is_pad = torch.as_tensor(batch.actions), torch.as_tensor(batch.is_pad)
+        move = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
+        return PolicyBatch(
+            images=move(torch.as_tensor(inputs.images)),
+            state=move(torch.as_tensor(inputs.state)),
+            text_ids=move(ids),
+            text_mask=move(mask),
+            target=ActionBatch(move(tokens), move(actions), move(is_pad)),
+        )
+
+
+class PolicyLoss:
+    """The loss step handed to the training loop."""
+
+    def __init__(self, assets: PolicyAssets) -> None:
+        self.assets = assets
+        self.head = build_head(assets.head, assets.action_tokenizer)
+
+    def __call__(self, model: nn.Module, batch: PolicyBatch, generator: torch.Generator) -> LossTerms:
+        images = prepare_images(batch.images, self.assets.images, generator)
+        prefix = model.prefill(*model.embed_prefix(images, batch.state, batch.text_ids, batch.text_mask))
+        loss = self.head.loss(model, prefix, batch.target, generator)
+        return LossTerms(loss.loss_sum, loss.normalizer, {})
+
+
+def held_out_error(policy: TorchPolicy, windows: ActionWindows, count: int = 256) -> dict[str, float]:
+    """Error of decoded chunks on `count` evenly spaced held-out windows.
+
+    action_error: mean |decoded - expert| over continuous dimensions, in units of each dimension's coded range;
+    binary_accuracy: share of gripper commands that agree; rounds: mean passes over the slots.
+    """
+    indices = np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))
+    errors, agreements, rounds = [], [], []
+    reach = np.array(policy.assets.action_tokenizer.high) - np.array(policy.assets.action_tokenizer.low)
+    binary = np.isin(np.arange(policy.spec.action_dim), policy.spec.binary_actions)
+    moving = ~binary & (reach > 0)
+    for start in range(0, len(indices), 32):
+        batch = windows.gather(indices[start : start + 32])
+        observations = [
+            Observation(dict(zip(windows.cameras, images, strict=True)), state, text)
+            for images, state, text in zip(batch.images, batch.state, batch.instructions, strict=True)
+        ]
+        for chunk, target, pad in zip(policy.act(observations), batch.actions, batch.is_pad, strict=True):
+            difference = np.abs(chunk.actions - target)[~pad]
+            errors.append((difference[:, moving] / reach[moving]).mean())
+            agreements.append((difference[:, binary] < 1).mean() if binary.any() else 1.0)
+            rounds.append(chunk.info["rounds"])
+    return {
+        "action_error": float(np.mean(errors)),
+        "binary_accuracy": float(np.mean(agreements)),
+        "rounds": float(np.mean(rounds)),
+    }
+
+
+def open_windows(config: TrainConfig, *, held_out: bool) -> list[ActionWindows]:
+    """The windows of every data set. Raises FileNotFoundError naming the command that makes a missing one."""
+    roots = [Path(root).expanduser() for root in config.dataset.root]
+    if not roots:
+        raise ValueError("No data set: give --dataset.root=FOLDER (made by `vla collect`).")
+    return [
+        ActionWindows(
+            FrameCache.open(root),
+            config.model.action_horizon,
+            tasks=config.dataset.tasks,
+            held_out_fraction=config.dataset.held_out_fraction,
+            held_out=held_out,
+        )
+        for root in roots
+    ]
+
+
+def train_policy(config: TrainConfig) -> Path:
+    """Train as configured; returns the last checkpoint's policy folder. Raises what `multimodal.training.train` raises."""
+    mixture = WindowMixture(open_windows(config, held_out=False), config.dataset.weights)
+    assets = build_assets(config, mixture)
+    torch.manual_seed(config.training.seed)
+    model = VLA(assets.model)
+    device = torch.device("cuda" if config.training.device == "auto" and torch.cuda.is_available() else "cpu")
+    tower = count_parameters(model.vlm.vision)
+    print(
+        f"{assets.head.type} policy, preset {config.model.preset}: {count_parameters(model) / 1e6:.2f} M parameters "
+        f"(image tower {tower / 1e6:.2f} M), {len(mixture)} frames of {assets.provenance['episodes']} episodes"
+    )
+    held_out = open_windows(config, held_out=True) if config.dataset.held_out_fraction > 0 else []
+
+    def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
+        """Held-out error of the weights just saved."""
+        if not held_out:
+            return {}
+        return held_out_error(load_policy(folder / "policy", device=str(device)), held_out[0])
+
+    collate = Collator(assets, device)
+
+    def batch(index: int) -> PolicyBatch:
+        return collate(mixture.batch(index, batch_size=config.training.batch_size, seed=config.training.seed))
+
+    last = train(
+        model, PolicyLoss(assets), batch, config.training, output_folder(config),
+        save_model=assets.save, on_checkpoint=on_checkpoint, resume=config.resume,
+    )  # fmt: skip
+    return last / "policy"
+
+
+def finished_policy(config: TrainConfig) -> Path | None:
+    """The policy of output_dir if its run reached the end of its budget, else None."""
+    last = last_checkpoint(output_folder(config))
+    if last is None:
+        return None
+    position = read_position(last / "training_state")
+    is_done = progress(position.step, config.training.steps, position.elapsed, config.training.minutes) >= 1
+    return last / "policy" if is_done else None
+
+
+def output_folder(config: TrainConfig) -> Path:
+    return Path(config.output_dir or remask_home() / "runs" / "policy").expanduser()
+
+
+def main(argv: Sequence[str]) -> int:
+    """`vla train`; `--steps` is short for `--training.steps`."""
+    argv = [f"--training.{word[2:]}" if word.split("=")[0] == "--steps" else word for word in argv]
+    folder = train_policy(parse_config(TrainConfig, argv, verb="train"))
+    print(f"policy: {folder}\nnext: vla eval --policy.path={folder} --suite=... --episodes=50")
+    return 0
