@@ -1,15 +1,19 @@
 """Objectives on embeddings, scores and whole sequences: retrieval, redundancy, mutual information, data quality."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from multimodal.kernels.statistics import accumulation_dtype
 
 
 def symmetric_cross_entropy(logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """Between a student and a moving-average teacher (RMT, CVPR 2023): -1/2 sum q log p - 1/2 sum p log q. [..., K] -> [...].
 
     p student, q teacher; the gradient flows where the inputs ask for it."""
-    log_p, log_q = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    log_p, log_q = _wide(logits).log_softmax(-1), _wide(teacher_logits).log_softmax(-1)
     return -0.5 * (log_q.exp() * log_p).sum(-1) - 0.5 * (log_p.exp() * log_q).sum(-1)
 
 
@@ -21,7 +25,7 @@ def mann_whitney(positive_scores: Tensor, negative_scores: Tensor, *, temperatur
         raise ValueError(
             f"mann_whitney got {positive_scores.numel()} positive and {negative_scores.numel()} negative scores; expected one of each at least."
         )
-    gap = positive_scores.float().reshape(-1, 1) - negative_scores.float().reshape(1, -1)
+    gap = _wide(positive_scores).reshape(-1, 1) - _wide(negative_scores).reshape(1, -1)
     return F.softplus(-gap / temperature).mean()
 
 
@@ -33,7 +37,7 @@ def barlow_twins(first: Tensor, second: Tensor, *, redundancy_weight: float = 5e
         raise ValueError(f"barlow_twins got {list(first.shape)} and {list(second.shape)}; expected equal shapes [B, D] with B >= 2.")
 
     def standardised(view: Tensor) -> Tensor:
-        view = view if view.dtype == torch.float64 else view.float()
+        view = _wide(view)
         return (view - view.mean(0)) / (view.var(0, unbiased=False) + 1e-5).sqrt()
 
     correlation = standardised(first).T @ standardised(second) / first.shape[0]
@@ -52,12 +56,12 @@ def mi_alpha(scores: Tensor, *, alpha: float = 0.9, independent: Tensor | None =
         raise ValueError(f"mi_alpha got scores {list(scores.shape)}; expected [B, B] with the true pairs on the diagonal.")
     if not 0 < alpha <= 1:
         raise ValueError(f"alpha is {alpha}; expected a number in (0, 1].")
-    count = scores.shape[0]
-    log_mean = scores.logsumexp(1) - torch.log(torch.tensor(float(count)))
-    log_norm = log_mean + torch.log(torch.tensor(alpha))
+    scores = _wide(scores)
+    log_mean = scores.logsumexp(1) - math.log(scores.shape[0])
+    log_norm = log_mean + math.log(alpha)
     if alpha < 1:
         baseline = torch.zeros_like(log_mean) if independent is None else independent
-        log_norm = torch.logaddexp(log_norm, baseline + torch.log(torch.tensor(1 - alpha)))
+        log_norm = torch.logaddexp(log_norm, baseline + math.log(1 - alpha))
     return -(1 + (scores.diagonal() - log_norm).mean() - (log_mean - log_norm).exp().mean())
 
 
@@ -72,3 +76,7 @@ def data_quality(sequence_nll: Tensor, reference_nll: Tensor) -> Tensor:
 def data_quality_weight(sequence_nll: Tensor, reference_nll: Tensor) -> Tensor:
     """The same as a factor of each sample's cross-entropy: sigmoid(nll - reference_nll), without gradient. [B] -> [B]."""
     return torch.sigmoid(sequence_nll - reference_nll).detach()
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(accumulation_dtype(tensor.dtype))

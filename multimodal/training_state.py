@@ -32,11 +32,19 @@ class Position:
 
 
 class WeightAverage:
-    """Exponential moving average of the trainable parameters, in float32."""
+    """Exponential moving average, in float32, of trainable parameters and of buffers such as batch-norm statistics.
+
+    Averaged weights with the statistics of the latest ones would be a network that never ran.
+    """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        saved = model.state_dict(keep_vars=True)
+        self.parameters = {
+            name: value
+            for name, value in [*model.named_parameters(), *model.named_buffers()]
+            if name in saved and value.is_floating_point() and (value.requires_grad or not isinstance(value, nn.Parameter))
+        }
         self.average = {name: p.detach().float().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
@@ -46,7 +54,7 @@ class WeightAverage:
         torch._foreach_lerp_([*self.average.values()], current, 1 - ema_decay(step, self.decay))
 
     def state_dict(self, model: nn.Module) -> dict[str, Tensor]:
-        """The model's state with averaged parameters in their dtype; tied names stay tied, buffers are the model's."""
+        """The model's state with the averages in their dtype; tied names stay tied, frozen weights are the model's."""
         averaged = {(p.data_ptr(), p.shape): self.average[name].to(p.dtype) for name, p in self.parameters.items()}
         return {name: averaged.get((value.data_ptr(), value.shape), value) for name, value in model.state_dict().items()}
 
@@ -82,13 +90,17 @@ def load_training_state(
     if average is not None:
         saved = _under("average.", tensors)
         if saved.keys() != average.average.keys():
-            raise ValueError(f"{folder} holds averages of other parameters than the model's trainable ones. Start anew.")
+            raise ValueError(f"{folder} holds averages of other weights than the model's trainable ones. Start anew.")
         for name, value in average.average.items():
             value.copy_(saved[name])
     state = optimizer.state_dict()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for name, value in _under("optimizer.", tensors).items():
         index, moment = name.split(".", 1)
+        weight = weights[int(index)]
+        if value.shape == weight.shape:  # in the weight's memory layout: another one rounds another way
+            value = torch.empty_like(weight, dtype=value.dtype).copy_(value)
         moments.setdefault(int(index), {})[moment] = value
     optimizer.load_state_dict({**state, "state": moments})
     return Position(record["step"], record["elapsed"])

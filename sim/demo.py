@@ -84,7 +84,7 @@ def train(config: DemoConfig, root: Path) -> Path:
     """Train as configs/lift_demo.yaml says, resuming a run that was cut short; the policy's folder."""
     from vla.train import TrainConfig, finished_policy, train_policy
 
-    arguments = [f"--config_path={CONFIG}", f"--dataset.root=[{root / 'dataset'}]", f"--output_dir={root / 'run'}"]
+    arguments = [f"--config_path={CONFIG}", f"--dataset.root={root / 'dataset'}", f"--output_dir={root / 'run'}"]
     if config.minutes is not None:
         arguments.append(f"--training.minutes={config.minutes}")
     settings = parse_config(TrainConfig, arguments, verb="train")

@@ -12,6 +12,7 @@ on the checkpoint, the settings and (task, episode) only.
 """
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -290,6 +291,15 @@ def git_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
+def policy_threads(workers: int) -> int:
+    """Threads for the policy: OMP_NUM_THREADS if set, else the cores that the simulators leave, at least one.
+
+    More threads than free cores wait for each other: two on a busy two-core machine took seconds a chunk, one 60 ms.
+    """
+    chosen = os.environ.get("OMP_NUM_THREADS", "")
+    return int(chosen) if chosen.isdigit() else max(1, (os.cpu_count() or 1) - workers)
+
+
 def main(argv: list[str]) -> None:
     """`vla eval`."""
     from vla.cli import parse_config
@@ -298,8 +308,11 @@ def main(argv: list[str]) -> None:
     if not config.policy.path:
         raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
     check(config)
+    import torch
+
     from vla.policy import load_policy
 
+    torch.set_num_threads(policy_threads(config.workers))
     policy = load_policy(config.policy.path, device=config.policy.device, decode=config.policy.decode)
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)

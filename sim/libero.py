@@ -55,6 +55,17 @@ def find_assets() -> Path | None:
     return None
 
 
+def describe_assets() -> str:
+    """Where `find_assets` found them, for the record; says so if the folder's README.md tells of stand-ins."""
+    folder = find_assets()
+    if folder is None:
+        return "LIBERO assets from the hub"
+    variable = next((name for name in ASSET_VARIABLES if os.environ.get(name)), None)
+    readme = folder / "README.md"
+    stand_ins = readme.is_file() and "stood in" in " ".join(readme.read_text().split())
+    return f"LIBERO assets from {variable or folder.name}" + (", some stood in for (its README.md)" if stand_ins else "")
+
+
 def import_libero() -> Any:
     """libero.libero.envs, imported without questions, with the assets of `find_assets` or else from the hub.
 
@@ -147,6 +158,7 @@ class LiberoEnvironment:
 
     def __init__(self, suite: Suite, image_size: int, protocol: Protocol):
         import_libero()
+        self.assets = describe_assets()
         self.spec = robot_spec(suite, image_size)
         self.num_tasks = suite.num_tasks
         self._suite = suite
@@ -193,6 +205,7 @@ class LiberoEnvironment:
             environment._post_process()
         else:
             arm.reset(start.seed)
+            arm.disturb_joints(start.seed)
         for _ in range(self._suite.settle_steps):
             self.step(OPEN_GRIPPER)
 

@@ -17,6 +17,7 @@ from sim.seeds import Start
 from sim.suites import CAMERA_NAMES, Suite, robot_spec
 from vla.interface import Observation
 
+START_NOISE = 0.02  # rad, standard deviation of arm joints at a start: robosuite's default, and LIBERO's stored states
 MODEL_SEED = 0  # robosuite draws the cube's size when it builds a model; fixed, so that processes agree
 OPEN_GRIPPER = np.array([0, 0, 0, 0, 0, 0, -1.0])
 INSTRUCTIONS = {"robosuite_lift": "lift the red cube", "robosuite_stack": "stack the red cube on the green cube"}
@@ -151,6 +152,13 @@ class Arm:
         self._observed_substep = self._num_substeps - 1
         self._observed.take(self.data)
 
+    def disturb_joints(self, seed: int) -> None:
+        """After `reset`: move the arm's joints by START_NOISE, drawn under `seed`, its control posture left in place."""
+        joints = self.environment.robots[0]._ref_joint_pos_indexes
+        self.data.qpos[joints] += np.random.default_rng(seed).normal(0, START_NOISE, len(joints))
+        self.environment.sim.forward()
+        self._observed.take(self.data)
+
     def step(self, action: np.ndarray) -> None:
         """One control period: 25 substeps of 2 ms at 20 Hz."""
         action = np.asarray(action, np.float64)
@@ -202,6 +210,11 @@ class Arm:
         self.environment.close()
 
 
+def _finger_frame(site: np.ndarray) -> np.ndarray:
+    """The grip site's axes renamed to World's: robosuite's pads lie along the site's x axis, World's along y. [3, 3]"""
+    return np.stack([-site[:, 1], site[:, 0], site[:, 2]], axis=1)
+
+
 class RobosuiteEnvironment:
     """Lift or Stack with a Panda arm. See sim.environment.Environment for the contract of each method."""
 
@@ -209,6 +222,7 @@ class RobosuiteEnvironment:
 
     def __init__(self, suite: Suite, image_size: int):
         robosuite = import_robosuite()
+        self.assets = f"robosuite {robosuite.__version__}"
         self.spec = robot_spec(suite, image_size)
         self._suite = suite
         with seeded_numpy(MODEL_SEED):
@@ -252,7 +266,3 @@ def check_task(suite: Suite, task: int) -> None:
     if not 0 <= task < suite.num_tasks:
         raise ValueError(f"Suite {suite.name!r} has no task {task}; allowed: 0 to {suite.num_tasks - 1}.")
 
-
-def _finger_frame(site: np.ndarray) -> np.ndarray:
-    """The grip site's axes renamed to World's: robosuite's pads lie along the site's x axis, World's along y. [3, 3]"""
-    return np.stack([-site[:, 1], site[:, 0], site[:, 2]], axis=1)

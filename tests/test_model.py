@@ -141,7 +141,7 @@ def test_every_head_trains_and_decodes_only_allowed_tokens(head_type):
     tokens = torch.as_tensor(TOKENIZER.encode(actions.numpy()))
     is_pad = torch.zeros(3, 4, dtype=torch.bool)
     is_pad[0, 2:] = True
-    batch = ActionBatch(tokens, actions, is_pad)
+    batch = ActionBatch(tokens, torch.as_tensor(TOKENIZER.coordinates(actions.numpy())), is_pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     losses = []

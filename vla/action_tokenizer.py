@@ -153,6 +153,17 @@ class ActionTokenizer:
             ids[..., dim] = self.num_bins + (actions[..., dim] > 0)
         return ids
 
+    def coordinates(self, actions: np.ndarray) -> np.ndarray:
+        """Raw actions [..., D] on the axis of the ids, unrounded: float32 [..., D], NaN at binary dimensions.
+
+        Clipped like `encode`, which is this, rounded. What ordinal objectives take as the continuous target.
+        """
+        clipped = np.clip(np.asarray(actions, dtype=np.float64), self.low, self.high)
+        width = np.where(self.width > 0, self.width, 1.0)
+        values = (clipped - self.offset) / width + (self.num_bins - 1) // 2
+        values[..., list(self.binary)] = np.nan
+        return values.astype(np.float32)
+
     def decode_ids(self, ids: np.ndarray) -> np.ndarray:
         """Bin centers float32 [..., D] of ids [..., D]. Raises ValueError on an id its dimension cannot take."""
         ids = _to_numpy(ids, "long")

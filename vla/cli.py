@@ -237,3 +237,7 @@ def _one_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

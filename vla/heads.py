@@ -6,13 +6,13 @@ compares nothing else.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from multimodal.config import check_choice
-from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
+from multimodal.losses import CrossEntropy, Objective
 from vla.action_tokenizer import ActionTokenizer
 from vla.decoding import Decoded, DecodeConfig, decode
 from vla.masked_diffusion import Corruption, corrupt, replace_visible, stratified_times
@@ -40,7 +40,7 @@ class ActionBatch:
     """Targets of a training batch."""
 
     tokens: Tensor  # int64 [B, H, D]
-    actions: Tensor  # float32 [B, H, D], raw units
+    values: Tensor  # float32 [B, H, D], unrounded ids (ActionTokenizer.coordinates)
     is_pad: Tensor  # bool [B, H], steps after the episode's end
 
 
@@ -72,18 +72,26 @@ class SlotLayout:
 
 
 def supervised_loss(
-    model: VLA, hidden: Tensor, targets: Tensor, is_supervised: Tensor, layout: SlotLayout
+    model: VLA,
+    objective: Objective,
+    hidden: Tensor,
+    targets: Tensor,
+    values: Tensor,
+    is_supervised: Tensor,
+    layout: SlotLayout,
 ) -> HeadLoss:
-    """Cross-entropy over each slot's own ids, averaged within a row, summed over rows.
+    """The objective over each slot's own ids, averaged within a row, summed over rows.
 
-    hidden [R, L, width]; targets, is_supervised [R, L]. Every row weighs the same however many slots it supervises.
+    hidden [R, L, width]; targets, values, is_supervised [R, L]. Every row weighs the same however many slots it
+    supervises.
     """
     per_row = is_supervised.sum(1)
     row, slot = is_supervised.nonzero(as_tuple=True)
-    loss_sum = linear_cross_entropy(
+    loss_sum = objective(
         hidden[row, slot],
         model.action_head.weight,
         targets[row, slot],
+        values=values[row, slot],
         token_weight=1.0 / per_row[row],
         vocab_range=layout.ranges[slot],
         reduction="sum",
@@ -94,8 +102,8 @@ def supervised_loss(
 class DiscreteDiffusionHead:
     """Masked tokens predicted from visible ones; decoded by iterative unmasking."""
 
-    def __init__(self, config: HeadConfig, tokenizer: ActionTokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: HeadConfig, tokenizer: ActionTokenizer, objective: Objective = CrossEntropy()) -> None:
+        self.config, self.tokenizer, self.objective = config, tokenizer, objective
 
     def loss(self, model: VLA, prefix: Prefix, batch: ActionBatch, generator: torch.Generator) -> HeadLoss:
         draws = self._draws()
@@ -106,7 +114,8 @@ class DiscreteDiffusionHead:
         corruption = self._corrupt(clean, is_known, layout, generator)
         hidden = model.action_hidden(corruption.noisy_tokens, prefix.repeat(draws) if draws > 1 else prefix)
         is_supervised = (corruption.is_masked | corruption.is_replaced) & ~is_pad
-        return supervised_loss(model, hidden, clean, is_supervised, layout)
+        values = batch.values.flatten(1).repeat_interleave(draws, dim=0)
+        return supervised_loss(model, self.objective, hidden, clean, values, is_supervised, layout)
 
     def decode(
         self, model: VLA, prefix: Prefix, known: Tensor, is_known: Tensor, config: DecodeConfig, seeds: Sequence[int]
@@ -163,8 +172,8 @@ class ParallelHead(DiscreteDiffusionHead):
 class AutoregressiveHead:
     """Tokens left to right with a causal mask and a key/value cache, greedily (OpenVLA's decoding, per chunk)."""
 
-    def __init__(self, config: HeadConfig, tokenizer: ActionTokenizer) -> None:
-        self.config, self.tokenizer = config, tokenizer
+    def __init__(self, config: HeadConfig, tokenizer: ActionTokenizer, objective: Objective = CrossEntropy()) -> None:
+        self.config, self.tokenizer, self.objective = config, tokenizer, objective
 
     def loss(self, model: VLA, prefix: Prefix, batch: ActionBatch, generator: torch.Generator) -> HeadLoss:
         layout = SlotLayout(self.tokenizer, model.config.action_horizon, batch.tokens.device)
@@ -172,7 +181,7 @@ class AutoregressiveHead:
         previous = torch.cat([torch.full_like(clean[:, :1], model.config.mask_id), clean[:, :-1]], dim=1)
         hidden = model.causal_hidden(previous, prefix, prefix.cache.view())
         is_supervised = ~batch.is_pad.repeat_interleave(model.config.action_dim, dim=1)
-        return supervised_loss(model, hidden, clean, is_supervised, layout)
+        return supervised_loss(model, self.objective, hidden, clean, batch.values.flatten(1), is_supervised, layout)
 
     def decode(
         self, model: VLA, prefix: Prefix, known: Tensor, is_known: Tensor, config: DecodeConfig, seeds: Sequence[int]
@@ -196,12 +205,13 @@ class AutoregressiveHead:
         return Decoded(chosen, all_probs, confidence, rounds)
 
 
-HEADS: dict[str, Callable[[HeadConfig, ActionTokenizer], Any]] = {
+HEADS: dict[str, Callable[[HeadConfig, ActionTokenizer, Objective], ActionHead]] = {
     "discrete_diffusion": DiscreteDiffusionHead,
     "parallel": ParallelHead,
     "autoregressive": AutoregressiveHead,
 }
 
 
-def build_head(config: HeadConfig, tokenizer: ActionTokenizer) -> ActionHead:
-    return HEADS[config.type](config, tokenizer)
+def build_head(config: HeadConfig, tokenizer: ActionTokenizer, objective: Objective = CrossEntropy()) -> ActionHead:
+    """The head of that type; the objective is read in training only."""
+    return HEADS[config.type](config, tokenizer, objective)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from multimodal.config import get_preset
 from multimodal.decoder import count_parameters
 from multimodal.images import ImageConfig, prepare_images
+from multimodal.losses import Objective, build_objective
 from multimodal.tokenizer import train_tokenizer
 from multimodal.schedule import progress
 from multimodal.training import LossTerms, TrainingConfig, train
@@ -32,7 +34,7 @@ from vla.transforms import clean_instruction
 class DatasetConfig:
     """Which demonstrations."""
 
-    root: list[Path] = field(default_factory=list)  # data set folders, or their caches; several are mixed
+    root: list[Path] | Path | None = None  # data set folder, or its cache; a list is mixed
     weights: list[float] | None = None  # share of each root; default by size
     tasks: list[int] | None = None  # of the suite; default: all
     held_out_fraction: float = 0.05  # whole episodes kept from training, for the held-out error
@@ -56,6 +58,7 @@ class TrainConfig:
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
+    objective: dict[str, Any] = field(default_factory=lambda: {"type": "cross_entropy"})  # see multimodal/losses.py
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # how the trained policy decodes by default
     images: ImageConfig = field(default_factory=ImageConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000))
@@ -89,6 +92,7 @@ def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
         "frames": len(mixture),
         "episodes": sum(source.cache.num_episodes for source in mixture.sources),
         "seed": config.training.seed,
+        "objective": config.objective,
         "training": asdict(config.training),
     }
     return PolicyAssets(
@@ -117,23 +121,23 @@ class Collator:
         inputs = self.assets.transforms.forward_batch(batch)
         ids, mask = self.assets.text_tokenizer.encode_batch(inputs.instructions, self.assets.model.text_length)
         tokens = torch.as_tensor(self.assets.action_tokenizer.encode(batch.actions))
-        actions, is_pad = torch.as_tensor(batch.actions), torch.as_tensor(batch.is_pad)
+        values = torch.as_tensor(self.assets.action_tokenizer.coordinates(batch.actions))
         move = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         return PolicyBatch(
             images=move(torch.as_tensor(inputs.images)),
             state=move(torch.as_tensor(inputs.state)),
             text_ids=move(ids),
             text_mask=move(mask),
-            target=ActionBatch(move(tokens), move(actions), move(is_pad)),
+            target=ActionBatch(move(tokens), move(values), move(torch.as_tensor(batch.is_pad))),
         )
 
 
 class PolicyLoss:
     """The loss step handed to the training loop."""
 
-    def __init__(self, assets: PolicyAssets) -> None:
+    def __init__(self, assets: PolicyAssets, objective: Objective) -> None:
         self.assets = assets
-        self.head = build_head(assets.head, assets.action_tokenizer)
+        self.head = build_head(assets.head, assets.action_tokenizer, objective)
 
     def __call__(self, model: nn.Module, batch: PolicyBatch, generator: torch.Generator) -> LossTerms:
         images = prepare_images(batch.images, self.assets.images, generator)
@@ -173,9 +177,10 @@ def held_out_error(policy: TorchPolicy, windows: ActionWindows, count: int = 256
 
 def open_windows(config: TrainConfig, *, held_out: bool) -> list[ActionWindows]:
     """The windows of every data set. Raises FileNotFoundError naming the command that makes a missing one."""
-    roots = [Path(root).expanduser() for root in config.dataset.root]
-    if not roots:
+    given = config.dataset.root
+    if not given:
         raise ValueError("No data set: give --dataset.root=FOLDER (made by `vla collect`).")
+    roots = [Path(root).expanduser() for root in (given if isinstance(given, list) else [given])]
     return [
         ActionWindows(
             FrameCache.open(root),
@@ -200,7 +205,8 @@ def train_policy(config: TrainConfig) -> Path:
         f"{assets.head.type} policy, preset {config.model.preset}: {count_parameters(model) / 1e6:.2f} M parameters "
         f"(image tower {tower / 1e6:.2f} M), {len(mixture)} frames of {assets.provenance['episodes']} episodes"
     )
-    held_out = open_windows(config, held_out=True) if config.dataset.held_out_fraction > 0 else []
+    few = assets.provenance["episodes"] * config.dataset.held_out_fraction < 1
+    held_out = [] if few else open_windows(config, held_out=True)
 
     def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
         """Held-out error of the weights just saved."""
@@ -214,7 +220,7 @@ def train_policy(config: TrainConfig) -> Path:
         return collate(mixture.batch(index, batch_size=config.training.batch_size, seed=config.training.seed))
 
     last = train(
-        model, PolicyLoss(assets), batch, config.training, output_folder(config),
+        model, PolicyLoss(assets, build_objective(config.objective)), batch, config.training, output_folder(config),
         save_model=assets.save, on_checkpoint=on_checkpoint, resume=config.resume,
     )  # fmt: skip
     return last / "policy"

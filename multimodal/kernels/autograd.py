@@ -1,6 +1,5 @@
 """How a backend joins autograd: statistics with any gradient towards them, or one scalar loss with its gradients at hand."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -8,8 +7,9 @@ import torch
 from torch import Tensor
 
 from multimodal.kernels.chunked import Gradients, Needs
+from multimodal.kernels.row_loss import RowLoss
 from multimodal.kernels.statistics import Rows, TokenStatistics, VocabShard
-from multimodal.kernels.tensor_parallel import combine_statistics, sum_over_ranks_
+from multimodal.kernels.tensor_parallel import join_over_ranks, sum_over_ranks
 
 
 class Backend(Protocol):
@@ -47,10 +47,8 @@ def token_statistics(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: 
         return TokenStatistics(*_Statistics.apply(hidden, weight, bias, plan))
 
 
-def summed_loss(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, loss: Callable[[TokenStatistics, slice], Tensor]
-) -> Tensor:
-    """sum of loss(statistics of rows, rows) [n] as a scalar; its gradients are computed at once, three GEMMs in all.
+def summed_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, loss: RowLoss) -> Tensor:
+    """The loss summed over rows, a scalar; its gradients are computed at once, three GEMMs in all.
 
     `plan.backend` must be a `Chunked`; `loss` is differentiated towards the statistics only."""
     with torch.autocast(hidden.device.type, enabled=False):
@@ -63,7 +61,7 @@ class _Statistics(torch.autograd.Function):
         ctx.plan, ctx.needs = plan, Needs(*ctx.needs_input_grad[:3])
         known, ctx.logits = plan.backend.statistics(hidden, weight, bias, plan.rows, keep_logits=bool(ctx.needs))
         if plan.shard is not None:
-            known = combine_statistics(known, plan.rows, plan.shard.group)
+            known = join_over_ranks(known, plan.shard.group)
         ctx.save_for_backward(hidden, weight, bias, *known)
         return tuple(known)
 
@@ -76,40 +74,21 @@ class _Statistics(torch.autograd.Function):
                 hidden, weight, bias, ctx.plan.rows, TokenStatistics(*known), TokenStatistics(*upstream), ctx.needs, logits
             )
         if ctx.plan.shard is not None and gradients.hidden is not None:
-            gradients.hidden = sum_over_ranks_(gradients.hidden, ctx.plan.shard.group)
+            gradients.hidden = sum_over_ranks(gradients.hidden, ctx.plan.shard.group)
         return *_first_order(gradients.rounded(weight.dtype), (*upstream, hidden, weight)), None
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        plan: Plan,
-        loss: Callable[[TokenStatistics, slice], Tensor],
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, plan: Plan, loss: RowLoss) -> Tensor:
         ctx.plan, ctx.needs = plan, Needs(*ctx.needs_input_grad[:3])
-        values: list[Tensor] = []
-        towards_statistics: list[TokenStatistics] = []
-
-        def row_loss(statistics: TokenStatistics, index: slice) -> TokenStatistics:
-            with torch.enable_grad():
-                leaves = TokenStatistics(*(part.detach().requires_grad_() for part in statistics))
-                value = loss(leaves, index).sum()
-                gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-            values.append(value.detach())
-            towards_statistics.append(TokenStatistics(*gradients))
-            return towards_statistics[-1]
-
         if not ctx.needs:
             known, _ = plan.backend.statistics(hidden, weight, bias, plan.rows, keep_logits=False)
-            return loss(known, slice(0, len(plan.rows))).sum()
-        known, ctx.gradients = plan.backend.loss_and_gradients(hidden, weight, bias, plan.rows, row_loss, ctx.needs)
-        upstream = [torch.cat(part) for part in zip(*towards_statistics, strict=True)]
+            return loss.values(known, slice(0, len(plan.rows))).sum()
+        known, ctx.gradients = plan.backend.loss_and_gradients(hidden, weight, bias, plan.rows, loss, ctx.needs)
+        value, upstream = loss.total()
         ctx.save_for_backward(hidden, weight, bias, *known, *upstream)
-        return torch.stack(values).sum()
+        return value
 
     @staticmethod
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,6 @@
 """Linear cross-entropy in row chunks: library GEMMs around one in-place row pass, never more than a byte budget of logits.
 
-The row pass is pluggable (`RowPass`): plain torch (`logit_rows`) or a Triton kernel (`triton_rows`)."""
+The row pass is pluggable (`RowPass`): plain torch (`logit_rows`) or a Triton kernel (`triton_kernels`)."""
 
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,17 +9,24 @@ import torch
 from torch import Tensor
 
 from multimodal.kernels import logit_rows
+from multimodal.kernels.row_loss import RowLoss
 from multimodal.kernels.statistics import Rows, TokenStatistics, accumulation_dtype
 
 LOGITS_BYTES = {"cpu": 2**28, "cuda": 2**30}  # H200: >= 4096 rows of 128k hide the float32 weight-gradient traffic
 
 
 class RowPass(Protocol):
-    """The three functions of `logit_rows`."""
+    """The arithmetic between the GEMMs, on a chunk of raw logits [c, V] (`logit_rows` says what each does)."""
 
-    statistics: object
-    loss_gradient_: object
-    known_gradient_: object
+    def statistics(self, logits: Tensor, bias: Tensor | None, rows: Rows) -> TokenStatistics: ...
+
+    def loss_gradient_(
+        self, logits: Tensor, bias: Tensor | None, rows: Rows, row_loss: RowLoss
+    ) -> tuple[TokenStatistics, Tensor | None]: ...
+
+    def known_gradient_(
+        self, logits: Tensor, bias: Tensor | None, rows: Rows, known: TokenStatistics, upstream: TokenStatistics
+    ) -> Tensor | None: ...
 
 
 @dataclass
@@ -99,18 +106,14 @@ class Chunked:
         return total.gradients
 
     def loss_and_gradients(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, row_loss: logit_rows.RowLoss, needs: Needs
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, row_loss: RowLoss, needs: Needs
     ) -> tuple[TokenStatistics, Gradients]:
         """Statistics and gradients in one sweep of three GEMMs a chunk (6 n V D operations)."""
         chunks = self.chunks(hidden, weight, weight_gradient=needs.weight)
         total, parts = _Accumulator(hidden, weight, needs, num_chunks=len(chunks)), []
         for chunk in chunks:
-
-            def loss_of_chunk(statistics: TokenStatistics, index: slice, start: int = chunk.start) -> TokenStatistics:
-                return row_loss(statistics, slice(start + index.start, start + index.stop))
-
             dz = hidden[chunk] @ weight.T
-            statistics, bias_gradient = self.row_pass.loss_gradient_(dz, bias, rows[chunk], loss_of_chunk)
+            statistics, bias_gradient = self.row_pass.loss_gradient_(dz, bias, rows[chunk], row_loss.within(chunk))
             parts.append(statistics)
             total.add(chunk, dz, bias_gradient)
         return TokenStatistics(*(torch.cat(part) for part in zip(*parts, strict=True))), total.gradients

@@ -121,10 +121,8 @@ def compact(
     probs = torch.ones_like(targets, dtype=dtype) if target_probs is None else keep(target_probs.reshape(num_rows, -1)).to(dtype)
     probs = probs.masked_fill(padding, 0) if target_probs is not None else probs
     low, high = (0, weight.shape[0] if vocab_shard is None else vocab_shard.vocab_size)
-    start, stop = (0, high) if vocab_shard is None else (vocab_shard.start, vocab_shard.start + weight.shape[0])
     if isinstance(vocab_range, tuple):
         low, high = vocab_range
-        start, stop = (low, high) if vocab_shard is None else (start, stop)
     elif vocab_range is not None:
         vocab_range = keep(vocab_range.reshape(num_rows, 2))
         if validate:
@@ -133,22 +131,21 @@ def compact(
     if validate:
         _check_values(targets, probs, padding, low, high, hard=target_probs is None)
     num_columns = torch.zeros_like(probs[:, :1]).add(high - low)[:, 0] if want_mean else None
-    vocab_range = _local_range(low, high, start, stop, targets)
-    if vocab_shard is not None:
-        outside = (targets < start) | (targets >= stop)
-        probs, padding = probs.masked_fill(outside, 0), padding | outside
-    targets = targets - start if start else targets
-    if target_probs is not None or vocab_shard is not None:
-        targets = targets.masked_fill(padding, 0)
+    if isinstance(vocab_range, tuple) and vocab_shard is not None:
+        vocab_range = torch.tensor([vocab_range], device=hidden.device).expand(targets.shape[0], 2)
     rows = Rows(
-        targets=targets,
+        targets=targets if target_probs is None else targets.masked_fill(padding, 0),
         target_probs=probs,
-        vocab_range=vocab_range,
+        vocab_range=vocab_range if isinstance(vocab_range, Tensor) else None,
         temperature=_row_temperature(temperature, targets.shape[0], keep, dtype, hidden.device),
         softcap=softcap,
         num_columns=num_columns,
         want_entropy=want_entropy,
     )
+    if vocab_shard is not None:
+        rows = rows.columns(vocab_shard.start, vocab_shard.start + weight.shape[0])
+    elif isinstance(vocab_range, tuple):  # the caller cut the weight to this range
+        rows = rows.columns(low, high)
     row_weight = None if token_weight is None else keep(token_weight.reshape(-1)).to(dtype)
     return Kept(keep(hidden), rows, row_weight, validate), index
 
@@ -159,15 +156,6 @@ def _row_temperature(temperature: float | Tensor, count: int, keep: object, dtyp
     if isinstance(temperature, Tensor):
         return temperature.to(dtype).expand(count)
     return None if temperature == 1 else torch.full((count,), temperature, dtype=dtype, device=device)
-
-
-def _local_range(low: int | Tensor, high: int | Tensor, start: int, stop: int, targets: Tensor) -> Tensor | None:
-    """The range low <= v < high of the vocabulary in columns of a weight that holds start <= v < stop; None: all of these."""
-    if not isinstance(low, Tensor):
-        if low <= start and stop <= high:
-            return None
-        low, high = torch.full_like(targets[:, :1], low), torch.full_like(targets[:, :1], high)
-    return (torch.cat([low, high], 1) - start).clamp(0, stop - start)
 
 
 def _check_range(vocab_range: Tensor, vocab_size: int) -> None:

@@ -10,21 +10,10 @@ from multimodal.kernels.chunked import Chunked
 from multimodal.kernels.inputs import check_finite, check_inputs, compact
 from multimodal.kernels.reduction import LossOutput, Reduction, row_scale
 from multimodal.kernels.reference import token_statistics_reference
+from multimodal.kernels.row_loss import RowLoss, SmoothedCrossEntropy
 from multimodal.kernels.statistics import Rows, TokenLoss, TokenStatistics, VocabShard, accumulation_dtype
 
 BackendName = Literal["auto", "reference", "chunked", "triton", "triton_recompute"]
-
-
-def smoothed_cross_entropy(label_smoothing: float, z_loss: float) -> TokenLoss:
-    """(1 - s) nll + s (lse - mean_logit) + z_loss lse^2 per row, as F.cross_entropy smooths; s = label_smoothing."""
-
-    def token_loss(statistics: TokenStatistics) -> Tensor:
-        loss = statistics.nll
-        if label_smoothing:
-            loss = (1 - label_smoothing) * loss + label_smoothing * (statistics.lse - statistics.mean_logit)
-        return loss + z_loss * statistics.lse.square() if z_loss else loss
-
-    return token_loss
 
 
 def linear_cross_entropy(
@@ -77,7 +66,7 @@ def linear_cross_entropy(
     if token_loss is not None and (label_smoothing or z_loss):
         raise ValueError("token_loss replaces label_smoothing and z_loss; got both. Leave the latter at 0 or put them into token_loss.")
     custom = token_loss is not None
-    token_loss = token_loss or smoothed_cross_entropy(label_smoothing, z_loss)
+    token_loss = token_loss or SmoothedCrossEntropy(label_smoothing, z_loss)
     shape = targets.shape if target_probs is None else targets.shape[:-1]
     check_inputs(
         hidden, weight, targets, target_probs, bias=bias, token_weight=token_weight, label_smoothing=label_smoothing, softcap=softcap,
@@ -97,12 +86,7 @@ def linear_cross_entropy(
     scale = row_scale(kept.weight, len(kept.rows), reduction, normalizer)
     chosen = _build_backend(backend, kept.hidden, weight, logits_bytes)
     if _one_sweep(chosen, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
-
-        def weighted(statistics: TokenStatistics, rows: slice) -> Tensor:
-            loss = token_loss(statistics)
-            return loss * (scale[rows] if isinstance(scale, Tensor) and scale.dim() else scale)
-
-        loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), weighted)
+        loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), RowLoss(token_loss, scale))
         if kept.validate:
             check_finite(loss, kept.hidden, weight)
         return loss

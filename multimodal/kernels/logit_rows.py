@@ -1,16 +1,13 @@
 """Row arithmetic on a block of logits held in cache: statistics in, logit gradient out, in place. Plain torch, any device."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from multimodal.kernels.reference import range_mask
+from multimodal.kernels.row_loss import RowLoss
 from multimodal.kernels.statistics import Rows, TokenStatistics, accumulation_dtype
 
 BLOCK_BYTES = 2**22  # of float32 per block: larger leaves the cache, smaller pays per-call overhead (bench_cross_entropy)
-
-RowLoss = Callable[[TokenStatistics, slice], TokenStatistics]  # statistics of rows `slice` -> d loss / d each of them
 
 
 def row_blocks(num_rows: int, vocab_size: int) -> list[slice]:
@@ -109,7 +106,7 @@ def loss_gradient_(logits: Tensor, bias: Tensor | None, rows: Rows, row_loss: Ro
     for index in row_blocks(*logits.shape):
         block = _Block(logits[index], bias, rows[index])
         parts.append(block.statistics())
-        _store(logits[index], block.gradient(row_loss(parts[-1], index)), bias_gradient)
+        _store(logits[index], block.gradient(row_loss.gradient(parts[-1], index)), bias_gradient)
     return _concatenate(parts), bias_gradient
 
 

@@ -50,12 +50,12 @@ class VocabShard:
 class Rows:
     """What belongs to each supervised row besides its hidden state. Row tensors are sliced together by `[a:b]`."""
 
-    targets: Tensor  # int64 [n, K], columns of this weight; an id outside it carries probability 0
-    target_probs: Tensor  # accumulation dtype [n, K], rows sum to one (over all shards)
+    targets: Tensor  # int64 [n, K], columns of the weight
+    target_probs: Tensor  # accumulation dtype [n, K], rows sum to one
     vocab_range: Tensor | None = None  # int64 [n, 2]: softmax over columns start <= v < end
     temperature: Tensor | None = None  # accumulation dtype [n]
     softcap: float | None = None  # z <- softcap * tanh(z / softcap)
-    num_columns: Tensor | None = None  # accumulation dtype [n]: columns in range, over all shards; None: no mean_logit
+    num_columns: Tensor | None = None  # accumulation dtype [n]: columns in range; None: no mean_logit
     want_entropy: bool = False
 
     def __len__(self) -> int:
@@ -65,7 +65,26 @@ class Rows:
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         return replace(self, **{name: value[index] for name, value in tensors.items() if isinstance(value, Tensor)})
 
+    def columns(self, start: int, stop: int) -> Self:
+        """The same rows seen by a weight that holds columns start <= v < stop only: ids and ranges relative to it."""
+        inside = (self.targets >= start) & (self.targets < stop)
+        vocab_range = None if self.vocab_range is None else (self.vocab_range - start).clamp(0, stop - start)
+        targets = (self.targets - start).masked_fill(~inside, 0)
+        return replace(self, targets=targets, target_probs=self.target_probs * inside, vocab_range=vocab_range)
+
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 stays float64 (gradcheck); everything else is reduced in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def join_statistics(parts: TokenStatistics, peak: Tensor, sums: Callable[[Tensor], Tensor]) -> TokenStatistics:
+    """Statistics over disjoint sets of columns -> over their union.
+
+    parts: [..., n] each; peak: the largest lse of all parts; sums: adds a [4, ..., n] tensor over the parts, giving [4, n]. With the share
+    s_r = exp(lse_r - lse) of part r, entropy = sum_r s_r (entropy_r - log s_r) (the chain rule). Target and mean logits are
+    sums: an id outside a part carries probability 0 there, and every part divides by the columns of the union."""
+    mass = (parts.lse - peak).exp()
+    entropy_mass = torch.where(mass > 0, mass * (parts.entropy - (parts.lse - peak)), 0)
+    mass, entropy_mass, target_logit, mean_logit = sums(torch.stack([mass, entropy_mass, parts.target_logit, parts.mean_logit]))
+    return TokenStatistics(target_logit, peak + mass.log(), entropy_mass / mass + mass.log(), mean_logit)

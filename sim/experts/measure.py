@@ -129,7 +129,7 @@ def table(results: dict, title: str) -> Table:
             name,
             row["instruction"],
             f"{row['successes']}/{row['episodes']}",
-            f"{100 * low:.0f} - {100 * high:.0f} %",
+            f"{100 * low:.0f}-{100 * high:.0f} %",
             steps,
             str(row["max_steps"] or "-"),
             f"{row['wall_s']:.2f}",

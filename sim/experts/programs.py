@@ -46,8 +46,8 @@ def lift(world: World, name: str) -> np.ndarray:
 def place_in(world: World, name: str, region_name: str) -> np.ndarray:
     """Drop body `name` into an open container from above its rim.
 
-    A region such as `basket_1_contain_region` belongs to the body whose name begins its own (`basket_1`): that body's rim
-    must be cleared.
+    A region such as `basket_1_contain_region` belongs to the body whose name begins its own (`basket_1`): that
+    body's rim must be cleared.
     """
     region = find_body(world, region_name)
     rim = max(

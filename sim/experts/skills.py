@@ -1,4 +1,4 @@
-"""Skills of the scripted experts over OSC_POSE: reach and grasp from above, carry, place, and the tests that tell them apart.
+"""Skills of the scripted experts over OSC_POSE: reach and grasp from above, carry and place, retreat.
 
 Every skill is a function of the `World` alone, so an expert can label any state, not only the states it visits itself.
 Actions are float [7]: translation (0.05 m per unit), rotation vector in the world frame (0.5 rad per unit), gripper
@@ -78,11 +78,11 @@ def solid_names(world: World) -> list[str]:
 
 
 def plan_grasp(world: World, name: str) -> Grasp:
-    """The pinch of body `name` that fits the gripper, has room for both fingers, turns the wrist least and prefers thin sides.
+    """The pinch of body `name` that fits the gripper, has room for both fingers and turns the wrist least.
 
-    Candidates close along the horizontal parts of the box axes. The term in the present finger axis keeps the choice from
-    flipping between two equally good axes (a cube turned by 45 degrees). A box too wide on every side gets the
-    narrowest pinch.
+    Candidates close along the horizontal parts of the box axes; thin sides are preferred. The term in the present
+    finger axis keeps the choice from flipping between two equally good axes (a cube turned by 45 degrees). A box too
+    wide on every side gets the narrowest pinch.
     """
     body = world.bodies[name]
     top = upside(body)
@@ -178,7 +178,10 @@ def reach_and_grasp(world: World, name: str) -> np.ndarray:
 
 
 def path_clearance(world: World, name: str, goal_w: np.ndarray) -> float:
-    """Height in m of the highest other body within 0.1 m of the horizontal line from body `name` to a goal; -inf without any."""
+    """Height in m of the highest other body within 0.1 m of the horizontal line from body `name` to a goal.
+
+    -inf if there is none.
+    """
     start = world.bodies[name].position_w[:2]
     segment = goal_w[:2] - start
     squared_length = max(float(segment @ segment), 1e-9)

@@ -1,0 +1,113 @@
+"""Time and memory of one training step of the desk policy, and what each measure taken for it buys.
+
+Variants, all on the same synthetic batch: the shipped path; without each of its measures in turn.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+
+import torch
+
+from multimodal.config import get_preset
+from multimodal.images import ImageConfig, prepare_images
+from tests.benchmarks.harness import interleaved, median_ratio, parser, quiet_machine, report
+from vla.action_tokenizer import ActionTokenizer
+from vla.heads import ActionBatch, HeadConfig, build_head
+from vla.model import VLA, VLAConfig
+
+TOKENIZER = ActionTokenizer(low=(-1.0,) * 7, high=(1.0,) * 7, bins=(255,) * 7, binary=(6,))
+SHIPPED = {"precision": "bf16", "draws": 2, "share_prefix": True, "attention": "products"}
+VARIANTS = {
+    "shipped": {},
+    "float32": {"precision": "fp32"},
+    "scaled_dot_product_attention": {"attention": "sdpa"},
+    "prefix encoded per draw": {"share_prefix": False},
+    "one draw": {"draws": 1},
+    "four draws": {"draws": 4},
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--batch_size", type=int, default=32)
+    arguments.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
+    options = arguments.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    if options.memory_of:  # a process of its own: the peak of a process never falls again
+        step = build_step(options.batch_size, **(SHIPPED | VARIANTS[options.memory_of]))
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        step()
+        step()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+        return 0
+    with quiet_machine():
+        steps = {name: build_step(options.batch_size, **(SHIPPED | change)) for name, change in VARIANTS.items()}
+        seconds = interleaved(steps, options.repetitions)
+        rows = []
+        for name, times in seconds.items():
+            draws = (SHIPPED | VARIANTS[name])["draws"]
+            median = statistics.median(times)
+            rows.append([
+                name, 1e3 * median, options.batch_size / median, draws * options.batch_size / median,
+                median_ratio(times, seconds["shipped"]), peak_megabytes(name, options),
+            ])  # fmt: skip
+    columns = ["variant", "ms per step", "samples/s", "mask draws/s", "time / shipped", "peak MB of a step"]
+    report("training", columns, rows, options.output, batch_size=options.batch_size, threads=options.threads)
+    return 0
+
+
+def build_step(batch_size: int, *, precision: str, draws: int, share_prefix: bool, attention: str):
+    """A function that does one optimiser step on a fixed batch of 128-pixel frames."""
+    torch.manual_seed(0)
+    config = VLAConfig(vlm=get_preset("desk"), num_action_ids=TOKENIZER.vocab_size)
+    model = VLA(config).train()
+    repeats = 1 if share_prefix else draws
+    head = build_head(HeadConfig(mask_draws=draws if share_prefix else 1), TOKENIZER)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (batch_size, 2, 128, 128, 3), dtype=torch.uint8, generator=generator)
+    state, text = torch.randn(batch_size, 8), torch.zeros(batch_size, config.text_length, dtype=torch.long)
+    tokens = torch.randint(0, 255, (batch_size, 8, 7), generator=generator)
+    tokens[..., 6] = 255
+    target = ActionBatch(tokens, torch.zeros(batch_size, 8, 7), torch.zeros(batch_size, 8, dtype=torch.bool))
+    sdpa = replace_attention(attention)
+
+    def step() -> None:
+        with sdpa, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for _ in range(repeats):
+                images = prepare_images(frames, ImageConfig(), generator)
+                prefix = model.prefill(*model.embed_prefix(images, state, text, torch.ones_like(text, dtype=torch.bool)))
+                loss = head.loss(model, prefix, target, generator)
+                (loss.loss_sum / loss.normalizer).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def replace_attention(name: str):
+    """A context in which `attend` is torch's own for every dtype ("sdpa"), or as it is."""
+    from unittest.mock import patch
+
+    import multimodal.attention as module
+
+    def sdpa(query, keys, values, mask):
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
+
+    return patch.object(module, "attend", sdpa if name == "sdpa" else module.attend)
+
+
+def peak_megabytes(variant: str, options: argparse.Namespace) -> float:
+    command = [
+        sys.executable, "-m", "tests.benchmarks.bench_training", f"--memory_of={variant}", f"--batch_size={options.batch_size}",
+        f"--threads={options.threads}",
+    ]  # fmt: skip
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

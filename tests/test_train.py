@@ -1,0 +1,122 @@
+"""`vla train`: resume equals the uninterrupted run, a checkpoint alone makes the policy, mistakes are named."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from multimodal.checkpoint import load_checkpoint
+from multimodal.images import ImageConfig
+from multimodal.training import TrainingConfig
+from tests.reaching import SPEC, write_cache
+from vla.cli import main as cli
+from vla.frame_cache import FrameCache
+from vla.heads import HEADS, HeadConfig
+from vla.interface import Observation
+from vla.policy import load_policy
+from vla.train import DatasetConfig, ModelConfig, TrainConfig, finished_policy, train_policy
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return write_cache(tmp_path_factory.mktemp("data") / "cache")
+
+
+def settings(cache: Path, run: Path, **training) -> TrainConfig:
+    return TrainConfig(
+        dataset=DatasetConfig(root=cache, held_out_fraction=0.25),
+        model=ModelConfig(preset="debug", action_horizon=4, num_bins=31),
+        head=HeadConfig(mask_draws=2),
+        images=ImageConfig(crop=32),
+        training=TrainingConfig(**{"steps": 4, "batch_size": 6, "device": "cpu", "warmup_steps": 2} | training),
+        output_dir=run,
+    )
+
+
+def observations(cache: Path, count: int) -> list[Observation]:
+    frames = FrameCache.open(cache)
+    return [
+        Observation(
+            {camera: np.array(frames.images[camera][7 * index]) for camera in SPEC.cameras},
+            np.array(frames.state[7 * index]),
+            "Go to the bright side",
+        )
+        for index in range(count)
+    ]
+
+
+def test_two_steps_and_a_resume_equal_four_steps_straight(cache, tmp_path):
+    straight = train_policy(settings(cache, tmp_path / "straight", save_every=2))
+    config = settings(cache, tmp_path / "halves", save_every=2)
+    train_policy(config)
+    for name in ("last", "000004"):  # as if it had been killed after step 2
+        path = tmp_path / "halves" / "checkpoints" / name
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    (tmp_path / "halves" / "checkpoints" / "last").symlink_to("000002")
+    resumed = train_policy(replace(config, resume=True))
+    first, second = load_checkpoint(straight).state, load_checkpoint(resumed).state
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert finished_policy(config) == resumed
+
+
+@pytest.fixture(scope="module")
+def trained(cache, tmp_path_factory) -> Path:
+    config = settings(cache, tmp_path_factory.mktemp("run"), steps=120, batch_size=16, learning_rate=3e-3, ema_decay=0.9)
+    return train_policy(config)
+
+
+def test_the_policy_learns_to_look(trained, cache):
+    """Left or right can only be read off the picture; chance is half of the episodes."""
+    chunks = load_policy(trained).act(observations(cache, 10))
+    sides = [np.sign(chunk.actions[0, 0]) for chunk in chunks]
+    bright = [np.sign(o.images["base"][:, 18:].mean() - o.images["base"][:, :18].mean()) for o in observations(cache, 10)]
+    assert sides == bright
+
+
+def test_a_chunk_does_not_depend_on_its_batch_mates(trained, cache):
+    policy = load_policy(trained, decode={"token_temperature": 1.0, "rounds": 3})
+    seeds = list(range(5))
+    together = policy.act(observations(cache, 5), seeds=seeds)
+    for index, observation in enumerate(observations(cache, 5)):
+        (alone,) = policy.act([observation], seeds=[seeds[index]])
+        np.testing.assert_allclose(alone.actions, together[index].actions, atol=1e-4)
+
+
+def test_known_actions_begin_the_chunk_unchanged(trained, cache):
+    known = np.array([[0.123, -0.05, 1.0], [0.4, 0.02, -1.0]], dtype=np.float32)
+    chunk, free = load_policy(trained).act(observations(cache, 2), known=[known, None])
+    assert np.array_equal(chunk.actions[:2], known) and (chunk.info["confidence"][:2] == 1).all()
+    assert chunk.actions.shape == (4, 3) and set(np.unique(free.actions[:, 2])) <= {-1.0, 1.0}
+
+
+def test_a_missing_camera_is_named_with_those_of_the_checkpoint(trained, cache):
+    (observation,) = observations(cache, 1)
+    renamed = replace(observation, images={"front": observation.images["base"]})
+    with pytest.raises(ValueError, match=r"'base'.*\['front'\].*\['base', 'wrist'\]"):
+        load_policy(trained).act([renamed])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_every_head_makes_a_policy(head, cache, tmp_path):
+    config = settings(cache, tmp_path, steps=1)
+    policy = load_policy(train_policy(replace(config, head=HeadConfig(type=head))))
+    (chunk,) = policy.act(observations(cache, 1))
+    assert np.isfinite(chunk.actions).all()
+
+
+def test_a_missing_data_set_is_one_line_that_names_the_command(tmp_path, capsys):
+    assert cli(["train", f"--dataset.root={tmp_path / 'nothing'}", f"--output_dir={tmp_path / 'run'}"]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "vla collect" in message and message.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_policy_of_another_format_is_refused(trained, tmp_path):
+    copy = tmp_path / "policy"
+    shutil.copytree(trained, copy)
+    (copy / "config.yaml").write_text((copy / "config.yaml").read_text().replace("remask-policy-1", "remask-policy-0"))
+    with pytest.raises(ValueError, match="remask-policy-0"):
+        load_policy(copy)
