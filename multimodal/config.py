@@ -99,6 +99,13 @@ PRESETS: Mapping[str, VLMConfig] = {
         vision=VisionConfig(name="resnet10t", stage=3, image_size=32, options={"channels": [8, 16, 16, 16], "stem_width": 8}),
         decoder=DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48),
     ),
+    # 1.0 M parameters: as much as two cores can train in minutes.
+    "desk-s": VLMConfig(
+        vision=VisionConfig(
+            name="resnet10t", stage=3, image_size=84, options={"channels": [32, 64, 128, 256], "stem_width": 16}
+        ),
+        decoder=DecoderConfig(hidden_size=128, num_layers=3, num_heads=2, mlp_size=384),
+    ),
     "desk": VLMConfig(vision=_DESK_TOWER, decoder=DecoderConfig()),
     "smolvlm": VLMConfig(
         vision=VisionConfig(name="vit_base_patch16_siglip_512", stage=-1, image_size=512),

@@ -83,12 +83,21 @@ class Decoder(nn.Module):
         last.attention.keys_values(last.attention_norm(x), angles, cache)
 
 
+EMBEDDING_STD = 0.5  # tokens, places and steps are summed, beside image features of order one
+
+
 def initialise(module: nn.Module) -> None:
-    """Normal(0, 0.02) matrices and zero biases; meant for `nn.Module.apply`."""
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear) and module.bias is not None:
-        nn.init.zeros_(module.bias)
+    """Normal matrices of variance 1 / inputs, zero biases, embeddings of `EMBEDDING_STD`; meant for `nn.Module.apply`.
+
+    The customary 0.02 suits widths near 2,000. At 128 it starts attention so flat that it hardly learns at first
+    (docs/log.md, 2026-11-23).
+    """
+    if isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, std=EMBEDDING_STD)
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def count_parameters(module: nn.Module) -> int:

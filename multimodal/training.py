@@ -30,7 +30,7 @@ from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch import Tensor, nn
 
 from multimodal.interruption import Interruption, resume_command
-from multimodal.schedule import learning_rate_scale, progress
+from multimodal.schedule import TrainingConfig, learning_rate_scale, progress
 from multimodal.training_log import TrainingLog, plot_curve
 from multimodal.training_state import (
     Position,
@@ -42,40 +42,6 @@ from multimodal.training_state import (
     seed_everything,
     write_run_checkpoint,
 )
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How a run optimises, how long, and what it writes. Give steps, minutes or both; whichever is spent first ends it."""
-
-    steps: int | None = None  # optimiser steps
-    minutes: float | None = None  # wall-clock budget of training, validation and pauses excluded; not bit-reproducible
-    batch_size: int = 64  # samples of one micro-batch on one process
-    accumulation: int = 1  # micro-batches per process and optimiser step
-    learning_rate: float = 3e-4  # peak
-    final_scale: float = 0.02  # learning rate at the end, as a share of the peak
-    warmup_steps: int = 100  # linear warm-up
-    weight_decay: float = 0.05  # on matrices only
-    beta2: float = 0.95  # AdamW second-moment decay
-    clip_norm: float = 1.0  # gradient norm; 0 switches clipping off
-    ema_decay: float = 0.999  # of the saved policy's weight average; 0 saves the raw weights
-    precision: str = "fp32"  # fp32 | bf16 (autocast, weights and moments stay float32)
-    device: str = "auto"  # auto | cpu
-    threads: int | None = None  # torch threads of this process; none leaves torch's choice
-    seed: int = 0
-    log_every: int = 20  # steps
-    save_every: int = 500  # steps; the end of a run is always saved
-    keep_last: int = 2  # checkpoints kept
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            raise ValueError("TrainingConfig needs steps or minutes; both are empty.")
-        for name, choices in (("precision", ("fp32", "bf16")), ("device", ("auto", "cpu"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)!r}; choose one of {list(choices)}.")
-        for name in ("batch_size", "accumulation", "log_every", "save_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)}; it must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -245,7 +211,7 @@ class _Loop:
 
     @property
     def _settings(self) -> dict[str, int]:
-        """What must not change on resume, since it decides which samples and random numbers a step gets."""
+        """What a resumed run must share: it decides which samples and random numbers a step gets."""
         return {"seed": self.config.seed, "batch_size": self.config.batch_size, "micro-batches per step": self._rounds}
 
     def _accumulate(self, batches: "_Ahead") -> tuple[LossTerms, Tensor]:

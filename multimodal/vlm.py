@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.config import VLMConfig
-from multimodal.decoder import Decoder, initialise
+from multimodal.decoder import EMBEDDING_STD, Decoder, initialise
 from multimodal.vision import VisionTower
 
 
@@ -21,7 +21,7 @@ class VLM(nn.Module):
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         for module in (self.projector, self.text_embedding):
             initialise(module)
-        nn.init.normal_(self.image_positions, std=0.02)
+        nn.init.normal_(self.image_positions, std=EMBEDDING_STD)
         self.decoder = Decoder(config.decoder)
 
     @property

@@ -50,7 +50,7 @@ def is_below(model: Any, body: int, root: int) -> bool:
 
 
 def geom_extent(model: Any, geom: int, rotation: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest coordinates [3], [3] of a geom about its own centre, along the axes that `rotation` maps into."""
+    """Lowest and highest coordinates [3], [3] of a geom about its centre, in the frame that `rotation` maps into."""
     from mujoco import mjtGeom
 
     kind, size = model.geom_type[geom], model.geom_size[geom]

@@ -9,7 +9,7 @@ CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)
 
 
 class CameraView:
-    """Answers for one MuJoCo model and its data. Every geom that changes a pixel of a square picture is answered with True."""
+    """Answers for one MuJoCo model and its data; a geom that changes any pixel of a square picture counts as seen."""
 
     def __init__(self, model: Any, data: Any):
         from mujoco import mjtGeom
@@ -26,7 +26,7 @@ class CameraView:
         self._has_shadows = bool(model.light_castshadow.any())
 
     def contains_geoms(self, camera_id: int) -> np.ndarray:
-        """bool [G]: the geom's box reaches into the camera's view, directly or in a mirror (reflective plane or box top).
+        """bool [G]: the geom's box reaches into the view, directly or in a mirror (a reflective plane or box top).
 
         All True if a light casts shadows, since an unseen geom's shadow may be seen.
         """
@@ -35,7 +35,9 @@ class CameraView:
             return np.ones(model.ngeom, bool)
         rotations = data.geom_xmat.reshape(-1, 3, 3)
         corners_w = self._corners_g @ rotations.transpose(0, 2, 1) + data.geom_xpos[:, None]
-        seen = self._endless | self._in_frustum(corners_w, camera_id)
+        slope = MARGIN * np.tan(np.radians(model.cam_fovy[camera_id]) / 2)
+        picture = np.array([[-slope, -slope], [slope, slope]])
+        seen = self._endless | self._reaches(corners_w, camera_id, picture)
         for mirror in self._mirrors:
             if not seen[mirror]:
                 continue
@@ -43,14 +45,26 @@ class CameraView:
             height = 0.0 if self._endless[mirror] else model.geom_size[mirror, 2]
             surface = data.geom_xpos[mirror] + height * normal
             distance = (corners_w - surface) @ normal
-            seen |= self._in_frustum(corners_w - 2 * distance[..., None] * normal, camera_id)
+            window = picture if self._endless[mirror] else self._window(corners_w[mirror], camera_id, picture)
+            seen |= self._reaches(corners_w - 2 * distance[..., None] * normal, camera_id, window)
         return seen
 
-    def _in_frustum(self, corners_w: np.ndarray, camera_id: int) -> np.ndarray:
-        """bool [G]: the corners [G, 8, 3] do not all lie beyond one of the frustum's four sides or behind the camera."""
-        rotation = self._data.cam_xmat[camera_id].reshape(3, 3)
-        x, y, z = np.moveaxis((corners_w - self._data.cam_xpos[camera_id]) @ rotation, -1, 0)  # camera looks along -z
-        slope = MARGIN * np.tan(np.radians(self._model.cam_fovy[camera_id]) / 2)
-        limit = -z * slope
-        outside = [(x > limit).all(1), (x < -limit).all(1), (y > limit).all(1), (y < -limit).all(1), (z > 0).all(1)]
-        return ~np.any(outside, axis=0)
+    def _in_camera(self, points_w: np.ndarray, camera_id: int) -> np.ndarray:
+        """Points [..., 3] in the camera's frame: x right, y up, looking along -z."""
+        return (points_w - self._data.cam_xpos[camera_id]) @ self._data.cam_xmat[camera_id].reshape(3, 3)
+
+    def _window(self, corners_w: np.ndarray, camera_id: int, picture: np.ndarray) -> np.ndarray:
+        """[2, 2] lowest and highest x, y slopes that a box [8, 3] covers; all of `picture` if it reaches behind."""
+        corners = self._in_camera(corners_w, camera_id)
+        if corners[:, 2].max() > -1e-6:
+            return picture
+        slopes = corners[:, :2] / -corners[:, 2:]
+        border = (MARGIN - 1) * picture[1]
+        return np.clip([slopes.min(axis=0) - border, slopes.max(axis=0) + border], *picture)
+
+    def _reaches(self, corners_w: np.ndarray, camera_id: int, window: np.ndarray) -> np.ndarray:
+        """bool [G]: the corners [G, 8, 3] do not all lie beyond one side of the window [2, 2] or behind the camera."""
+        x, y, z = np.moveaxis(self._in_camera(corners_w, camera_id), -1, 0)
+        (left, bottom), (right, top) = window
+        outside = [(x > -z * right), (x < -z * left), (y > -z * top), (y < -z * bottom), (z > 0)]
+        return ~np.any([side.all(axis=1) for side in outside], axis=0)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from sim import demonstration, packing
 from sim.environment import Environment
+from sim.folder_lock import locked
 from sim.results import Tally, append_row, read_rows
 from sim.seeds import start
 from sim.suites import build_environment, get_suite
@@ -182,8 +183,15 @@ def collect(
     Raises ValueError if the folder holds another collection, the disk is too small or the expert cannot do a task,
     OSError if the disk fills up or the simulator does not run. What is staged stays, and the same command goes on.
     """
-    root = config.root
     check_tasks(config)
+    with locked(config.root):
+        return collect_into(config.root, config, build, expert)
+
+
+def collect_into(
+    root: Path, config: CollectConfig, build: Callable[..., Environment], expert: Callable[..., Any]
+) -> dict[str, Any]:
+    """`collect` once the folder is ours."""
     attempts = open_collection(config)
     schedule = Schedule(config.task_list, config.episodes_per_task, attempts)
     check_space(config, schedule)

@@ -29,7 +29,7 @@ class DemoConfig:
     """Settings of `vla demo`."""
 
     output_dir: Path | None = None  # default: REMASK_HOME/demo
-    demonstrations: int = 100
+    demonstrations: int = 80
     noise: float = 0.2  # disturbs what the expert executes, so that demonstrations show how to come back
     image_size: int = 96  # pixels
     minutes: float | None = None  # of training; default: as configs/lift_demo.yaml says

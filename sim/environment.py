@@ -1,4 +1,4 @@
-"""What a simulated robot offers to rollouts, collection and experts: the Environment protocol and the World it reads."""
+"""What a simulated robot offers to rollouts, collection and experts: the Environment protocol, and the World."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ class Environment(Protocol):
 
     spec: RobotSpec
     num_tasks: int
+    assets: str  # where meshes and textures came from, recorded with results
 
     def instruction(self, task: int) -> str: ...
 

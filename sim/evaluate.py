@@ -8,12 +8,15 @@ An output folder:
     videos/            on request, and grid.png of how they end
 
 Episode e of a task begins at start e of the split, whatever ran before it and in whichever process, so a row depends
-on the checkpoint, the settings and (task, episode) only.
+on the checkpoint, the settings and (task, episode) only. One reservation: torch rounds differently for other batch
+sizes (2e-7 in an action, measured at the desk preset), which contacts can amplify; --max_batch=1 makes rows equal bit
+for bit whatever the number of workers.
 """
 
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +30,7 @@ from tqdm import tqdm
 
 from sim.environment import Environment
 from sim.episode_worker import EpisodeJob, EpisodeSettings, Question, version, work
+from sim.folder_lock import locked
 from sim.results import EpisodeRow, append_row, eval_info, read_episodes, success_table, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
@@ -58,6 +62,7 @@ class EvaluateConfig:
     tasks: list[int] | None = None  # default: all
     episodes: int = 10  # per task
     workers: int = 2  # simulator processes
+    max_batch: int | None = None  # requests the policy answers at once, default: all that wait; 1: see below
     split: str = "validation"  # or "official", for headline tables only
     protocol: str | None = None  # "openpi" or "lerobot": step limit, seeds; default: the suite's
     execution_horizon: int | None = None  # actions executed of each chunk; default: the protocol's, or else all
@@ -89,6 +94,14 @@ def evaluate(
     """
     check(config)
     folder = output_dir(config, checkpoint)
+    with locked(folder):
+        return evaluate_into(folder, config, policy, checkpoint, build)
+
+
+def evaluate_into(
+    folder: Path, config: EvaluateConfig, policy: Policy, checkpoint: str, build: Callable[..., Environment]
+) -> list[EpisodeRow]:
+    """`evaluate` once the folder is ours."""
     settings = episode_settings(config, policy, folder)
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
     identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode}
@@ -100,7 +113,7 @@ def evaluate(
         if (task, episode) not in rows or rows[task, episode].error is not None
     ]
     began = time.perf_counter()
-    with resumable(folder):
+    with resumable(folder), policy_threads(config.workers):
         run_episodes(config, settings, policy, checkpoint, jobs, rows, build)
     seconds = time.perf_counter() - began
     asked_for = [rows[key] for key in wanted]
@@ -171,24 +184,26 @@ def run_episodes(
                 bar.write(f"task {job.task}, episode {job.episode}: {row.error}")
 
         with WorkerPool(min(config.workers, len(jobs)), work, (settings, build)) as pool:
-            run_jobs(pool, next_job, started=started, finished=finished, answer=lambda asked: answer(policy, asked))
+            run_jobs(pool, next_job, started=started, finished=finished, answer=lambda asked: answer(policy, asked, config.max_batch))
 
 
-def answer(policy: Policy, questions: list[Question]) -> list[ActionChunk]:
-    """One chunk per question, in one batch; plain numpy and floats, so that a simulator process can read them."""
-    began = time.perf_counter()
-    chunks = policy.act(
-        [question.observation for question in questions],
-        known=[question.known for question in questions],
-        seeds=[question.seed for question in questions],
-    )
-    waited_ms = 1000 * (time.perf_counter() - began)
+def answer(policy: Policy, questions: list[Question], max_batch: int | None = None) -> list[ActionChunk]:
+    """One chunk per question, in as few batches as allowed; numpy and floats, so that a simulator process can read them."""
     replies = []
-    for chunk in chunks:
-        info = {"milliseconds": float(chunk.info.get("milliseconds", waited_ms))}
-        if "rounds" in chunk.info:
-            info["rounds"] = float(chunk.info["rounds"])
-        replies.append(ActionChunk(np.asarray(chunk.actions, dtype=np.float32), info))
+    size = max_batch or len(questions)
+    for batch in (questions[first : first + size] for first in range(0, len(questions), size)):
+        began = time.perf_counter()
+        chunks = policy.act(
+            [question.observation for question in batch],
+            known=[question.known for question in batch],
+            seeds=[question.seed for question in batch],
+        )
+        waited_ms = 1000 * (time.perf_counter() - began)
+        for chunk in chunks:
+            info = {"milliseconds": float(chunk.info.get("milliseconds", waited_ms))}
+            if "rounds" in chunk.info:
+                info["rounds"] = float(chunk.info["rounds"])
+            replies.append(ActionChunk(np.asarray(chunk.actions, dtype=np.float32), info))
     return replies
 
 
@@ -216,8 +231,9 @@ def check(config: EvaluateConfig) -> None:
     unknown = [task for task in config.task_list if not 0 <= task < suite.num_tasks]
     if unknown or not config.task_list:
         raise ValueError(f"Suite {suite.name!r} has no tasks {unknown}; allowed: 0 to {suite.num_tasks - 1}.")
-    if config.episodes < 1 or config.workers < 1:
-        raise ValueError(f"episodes is {config.episodes} and workers {config.workers}; both must be at least 1.")
+    for name in ("episodes", "workers", "max_batch"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
 
 
 def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
@@ -236,7 +252,7 @@ def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
 
 
 def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> dict[tuple[int, int], EpisodeRow]:
-    """Make or reopen the folder; (task, episode) -> its latest row. Raises ValueError if the folder is another's."""
+    """Begin or reopen the folder; (task, episode) -> its latest row. Raises ValueError if the folder is another's."""
     rows = read_episodes(folder / ROWS)
     if rows and not resume:
         raise ValueError(f"{folder} holds {len(rows)} episodes. Go on with --resume=true or use another --output_dir.")
@@ -246,7 +262,6 @@ def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> 
         changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in identity.items() if before.get(key) != value]
         if changed:
             raise ValueError(f"{folder} cannot be resumed: {'; '.join(changed)}. Use another --output_dir.")
-    folder.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(identity, indent=1))
     return {(row.task, row.episode): row for row in rows}
 
@@ -291,13 +306,22 @@ def git_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def policy_threads(workers: int) -> int:
-    """Threads for the policy: OMP_NUM_THREADS if set, else the cores that the simulators leave, at least one.
+@contextmanager
+def policy_threads(workers: int) -> Iterator[None]:
+    """Give torch, if the policy uses it, the cores that the simulators leave, at least one; OMP_NUM_THREADS wins.
 
-    More threads than free cores wait for each other: two on a busy two-core machine took seconds a chunk, one 60 ms.
+    Threads without a core of their own wait for each other: on a busy two-core machine two took 35 s a chunk, one 1 s.
     """
-    chosen = os.environ.get("OMP_NUM_THREADS", "")
-    return int(chosen) if chosen.isdigit() else max(1, (os.cpu_count() or 1) - workers)
+    torch = sys.modules.get("torch")
+    if torch is None or os.environ.get("OMP_NUM_THREADS"):
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def main(argv: list[str]) -> None:
@@ -308,11 +332,8 @@ def main(argv: list[str]) -> None:
     if not config.policy.path:
         raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
     check(config)
-    import torch
-
     from vla.policy import load_policy
 
-    torch.set_num_threads(policy_threads(config.workers))
     policy = load_policy(config.policy.path, device=config.policy.device, decode=config.policy.decode)
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)

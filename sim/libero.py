@@ -5,6 +5,7 @@ process starts in two seconds and stays small.
 """
 
 import contextlib
+import gc
 import importlib.util
 import io
 import os
@@ -63,7 +64,8 @@ def describe_assets() -> str:
     variable = next((name for name in ASSET_VARIABLES if os.environ.get(name)), None)
     readme = folder / "README.md"
     stand_ins = readme.is_file() and "stood in" in " ".join(readme.read_text().split())
-    return f"LIBERO assets from {variable or folder.name}" + (", some stood in for (its README.md)" if stand_ins else "")
+    source = f"LIBERO assets from {variable or folder.name}"
+    return f"{source}, some stood in for (its README.md)" if stand_ins else source
 
 
 def import_libero() -> Any:
@@ -83,7 +85,8 @@ def import_libero() -> Any:
         if not (assets / "scenes").is_dir():
             raise FileNotFoundError(
                 "LIBERO's assets are not on this machine and could not be downloaded. Download the assets folder of "
-                f"the LIBERO repository and set {ASSET_VARIABLES[0]} to it, or put it at {remask_home() / 'libero_assets'}."
+                f"the LIBERO repository and set {ASSET_VARIABLES[0]} to it, or put it at "
+                f"{remask_home() / 'libero_assets'}."
             )
     package._assets_path_cache = str(assets)  # what get_assets_path returns, wherever it was imported by name
     with contextlib.redirect_stdout(io.StringIO()):
@@ -143,7 +146,11 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def initial_states(suite_name: str, task_name: str) -> np.ndarray:
-    """LIBERO's stored initial states of a task, [N, 1 + nq + nv]: time, qpos, qvel. Written by torch.save, read without torch."""
+    """LIBERO's stored initial states of a task, [N, 1 + nq + nv]: time, qpos, qvel.
+
+    torch.save wrote them, as a zip with one numpy pickle. They are read without torch, and nothing but arrays is
+    unpickled (torch.load would need weights_only=False). Raises UnpicklingError if a file asks for anything else.
+    """
     path = libero_folder() / "init_files" / suite_name / f"{task_name}.pruned_init"
     with zipfile.ZipFile(path) as archive:
         (member,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
@@ -153,7 +160,8 @@ def initial_states(suite_name: str, task_name: str) -> np.ndarray:
 class LiberoEnvironment:
     """One LIBERO suite; the model of one task is held at a time. See sim.environment.Environment for the contract.
 
-    Images are rotated by 180 degrees in LIBERO's sense, [::-1, ::-1] of OpenGL's rows: upright and mirrored left to right.
+    Images are rotated by 180 degrees in LIBERO's sense, [::-1, ::-1] of OpenGL's rows: upright and mirrored left to
+    right. They and the state are those of the instant at which LIBERO's own loop observes.
     """
 
     def __init__(self, suite: Suite, image_size: int, protocol: Protocol):
@@ -231,7 +239,8 @@ class LiberoEnvironment:
     def close(self) -> None:
         if self._task is not None:
             self._arm.close()
-            self._task = None
+            self._arm = self._task = None
+            gc.collect()  # a model with its textures is half a gigabyte, and robosuite's objects refer to each other
 
 
 def fixture_poses(environment: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:

@@ -43,7 +43,8 @@ class OperationalSpaceControl:
         control_range = self._model.actuator_ctrlrange
         self._torque_low, self._torque_high = control_range[self._arm_actuators].T
         gripper_low, gripper_high = control_range[self._gripper_actuators].T
-        self._gripper_centre, self._gripper_half = 0.5 * (gripper_high + gripper_low), 0.5 * (gripper_high - gripper_low)
+        self._gripper_centre = 0.5 * (gripper_high + gripper_low)
+        self._gripper_half = 0.5 * (gripper_high - gripper_low)
         num_dofs = self._model.nv
         self._jacobian_position, self._jacobian_rotation = np.zeros((3, num_dofs)), np.zeros((3, num_dofs))
         self._mass = np.zeros((num_dofs, num_dofs))

@@ -18,7 +18,9 @@ MAX_GEOMS = 1000  # of a scene, as robosuite
 
 
 def choose_gl_backend() -> str:
-    """Decide how MuJoCo draws off screen and set MUJOCO_GL for this process; returns "egl", "osmesa" or the user's own choice.
+    """Decide how MuJoCo draws off screen and set MUJOCO_GL for this process.
+
+    Returns "egl", "osmesa", or what the user set MUJOCO_GL to.
 
     Must run before mujoco is imported, since mujoco reads the variable then; called again it only repeats the answer.
     Raises RuntimeError naming the Debian packages when neither EGL nor OSMesa can draw.

@@ -132,12 +132,15 @@ def mean(values: Iterable[float | None]) -> float | None:
 
 
 def success_table(rows: Sequence[EpisodeRow], title: str) -> Table:
-    """Success per task and over all, with 95 % Wilson intervals, mean steps of solved episodes, rounds and time."""
+    """Success per task and over all with 95 % Wilson intervals; err: exceptions, in no rate.
+
+    steps: mean of solved episodes; rounds and ms: per chunk; s: wall time per episode.
+    """
     table = Table(title=title)
-    for heading in ("task", "instruction"):
-        table.add_column(heading)
-    for heading in ("success", "%", "95 %", "errors", "steps", "rounds", "policy ms", "s / episode"):
-        table.add_column(heading, justify="right")
+    table.add_column("task", no_wrap=True)
+    table.add_column("instruction", overflow="ellipsis", no_wrap=True, min_width=10)
+    for heading in ("solved", "%", "95 %", "err", "steps", "rounds", "ms", "s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     by_task = _group_by_task(rows)
     for task, episodes in by_task.items():
         table.add_row(str(task), episodes[0].instruction, *_cells(episodes))
@@ -208,11 +211,11 @@ def _cells(rows: Sequence[EpisodeRow]) -> list[str]:
     return [
         f"{count.successes}/{count.episodes}",
         f"{100 * count.rate:.1f}" if count.episodes else "-",
-        f"{100 * low:.1f} - {100 * high:.1f}" if count.episodes else "-",
+        f"{100 * low:.0f}-{100 * high:.0f}" if count.episodes else "-",
         str(count.errors),
         "-" if solved_steps is None else f"{solved_steps:.0f}",
         "-" if rounds is None else f"{rounds:.1f}",
-        "-" if policy_ms is None else f"{policy_ms:.1f}",
+        "-" if policy_ms is None else f"{policy_ms:.0f}",
         f"{mean(row.wall_s for row in rows):.1f}",
     ]
 

@@ -40,7 +40,7 @@ def import_robosuite() -> Any:
     choose_gl_backend()
     package = importlib.util.find_spec("robosuite")
     if package is None:
-        raise ModuleNotFoundError("robosuite is not installed; install the simulation extra: pip install 'remask[sim]'.")
+        raise ModuleNotFoundError("robosuite is not installed; install it with: pip install 'remask[sim]'.")
     (folder,) = package.submodule_search_locations
     found = importlib.util.spec_from_file_location("robosuite.macros", f"{folder}/macros.py")
     macros = importlib.util.module_from_spec(found)
@@ -153,7 +153,7 @@ class Arm:
         self._observed.take(self.data)
 
     def disturb_joints(self, seed: int) -> None:
-        """After `reset`: move the arm's joints by START_NOISE, drawn under `seed`, its control posture left in place."""
+        """After `reset`: move the arm's joints by START_NOISE under `seed`; the posture its control aims at stays."""
         joints = self.environment.robots[0]._ref_joint_pos_indexes
         self.data.qpos[joints] += np.random.default_rng(seed).normal(0, START_NOISE, len(joints))
         self.environment.sim.forward()

@@ -1,4 +1,4 @@
-"""Where episodes start: disjoint seed ranges for training, validation and official evaluation; nothing else draws a start."""
+"""Where episodes start: disjoint seed ranges for training, validation and official evaluation; nothing else draws one."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""THE table of suites: tasks, step limits, settle steps, rates, cameras, and the protocols that published numbers follow."""
+"""THE table of suites: tasks, step limits, settle steps, rates, cameras; and the protocols of published numbers."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class Protocol:
 
     name: str
     execution_horizon: int | None  # actions executed of each chunk; None: what the policy says
-    environment_seed: int  # fixtures of official start i are placed under environment_seed + i; LIBERO's states leave them out
+    environment_seed: int  # places the fixtures of official start i (+ i), which LIBERO's stored states leave out
 
 
 # openpi: examples/libero/main.py (5 of 10 actions; seeds 7 once per task and lets the stream run on, so that its first

@@ -6,6 +6,7 @@ Knows nothing of episodes. The parent's side is `WorkerPool` and `run_jobs`, the
 import multiprocessing
 import os
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -234,10 +235,17 @@ def choose_task(num_waiting: Mapping[int, int], last_task: int | None, running: 
 def _run(target: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:
     """A worker's main function. Ctrl-C is the parent's business: it closes the pipe and the worker ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         target(connection, *arguments)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent closed the pipe
+
+
+def _end_with_parent() -> None:
+    """End this process at once when its parent does, killed or not, even in the middle of an episode."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 @contextmanager

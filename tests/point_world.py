@@ -84,6 +84,13 @@ def build_broken_world(suite: str, *, image_size: int | None = None, protocol: s
     raise FileNotFoundError("no meshes anywhere")
 
 
+def sleep_forever(connection) -> None:
+    """A worker that says who it is and never looks at its pipe again."""
+    connection.send(os.getpid())
+    while True:
+        time.sleep(1)
+
+
 class PointExpert:
     """Goes straight to the ball; `hopeless` tasks stand still, so they never succeed."""
 

@@ -10,6 +10,7 @@ import pytest
 import sim.collect
 from sim import demonstration
 from sim.collect import CollectConfig, Job, Schedule, collect
+from sim.folder_lock import locked
 from sim.results import read_rows
 from tests.point_world import build_point_world, point_expert
 from vla.frame_cache import FrameCache
@@ -108,3 +109,9 @@ def test_demonstrations_show_the_start_they_name(tmp_path):
     attempts = read_rows(tmp_path / "set" / "attempts.jsonl")
     assert [(attempt["index"], attempt["seed"]) for attempt in attempts] == [(0, 0), (1, 1)]
     np.testing.assert_array_equal(FrameCache.open(tmp_path / "set").state[0], np.zeros(3))
+
+
+def test_two_collections_cannot_share_a_folder(tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="being written by process"):
+        gather(demonstrations(tmp_path / "run"))
+    gather(demonstrations(tmp_path / "run"))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vla.decoding import DecodeConfig, decode
+from vla.decoding import DecodeConfig, confidence_of, decode
 
 NUM_SLOTS, VOCAB = 14, 9
 MASK = VOCAB
@@ -38,7 +38,7 @@ def test_everything_is_committed_within_the_rounds(remask, rounds):
 
 @pytest.mark.parametrize("remask", RULES)
 def test_a_batch_decodes_as_its_rows_do_alone(remask):
-    config = DecodeConfig(rounds=6, remask=remask, token_temperature=0.7, order_temperature=1.0, threshold=0.8)
+    config = DecodeConfig(rounds=6, remask=remask, token_temperature=0.7, order_temperature=1.0, threshold=0.8, confidence_radius=1)
     known, is_known = fresh(6)
     is_known[2, :5] = True
     is_known[4, ::2] = True
@@ -93,6 +93,19 @@ def test_without_a_threshold_the_quota_is_committed_exactly():
 
     decode(count, *fresh(1), MASK, DecodeConfig(rounds=4, threshold=2.0))
     assert counts == [14, 12, 9, 5]  # floor(14 cos(pi/2 r/4))
+
+
+def test_confidence_is_the_mass_of_the_neighbourhood():
+    probs = torch.softmax(torch.randn(3, 4, VOCAB, generator=torch.Generator().manual_seed(0)), dim=-1)
+    tokens = torch.randint(0, VOCAB, (3, 4), generator=torch.Generator().manual_seed(1))
+    radius = torch.tensor([0, 1, 2, VOCAB])
+    mass = confidence_of(probs, tokens, radius)
+    for row in range(3):
+        for slot in range(4):
+            low, high = int(tokens[row, slot] - radius[slot]), int(tokens[row, slot] + radius[slot])
+            expected = probs[row, slot, max(low, 0) : high + 1].sum()
+            torch.testing.assert_close(mass[row, slot], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(mass[:, 0], probs[:, 0].gather(1, tokens[:, :1])[:, 0], atol=1e-6, rtol=0)
 
 
 def test_seeds_decide_samples_and_greedy_ignores_them():

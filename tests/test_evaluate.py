@@ -1,17 +1,25 @@
 """Laws of evaluation with real spawned processes, on a world without a simulator."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import sim.evaluate
-from sim.evaluate import EvaluateConfig, evaluate
+from sim.episode_worker import Question
+from sim.evaluate import EvaluateConfig, answer, evaluate
+from sim.folder_lock import locked
 from sim.results import EpisodeRow, read_episodes, read_rows
+from sim.seeds import start
 from sim.workers import Ask, Done, Ready, choose_task, run_jobs
-from tests.point_world import CRASH_INDEX, KILL_INDEX, PointPolicy, build_broken_world, build_point_world
+from tests.point_world import CRASH_INDEX, KILL_INDEX, PointPolicy, PointWorld, build_broken_world, build_point_world
 
+ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = "0123456789abcdef"
 TIMES = ("wall_s", "policy_ms")  # not decided by the episode
 
@@ -144,7 +152,7 @@ def test_a_policy_of_another_robot_is_refused(tmp_path):
         run(settings(tmp_path / "run"), policy)
 
 
-@pytest.mark.parametrize("changes", [{"tasks": [3]}, {"tasks": []}, {"episodes": 0}, {"workers": 0}, {"split": "test"}])
+@pytest.mark.parametrize("changes", [{"tasks": [3]}, {"tasks": []}, {"episodes": 0}, {"workers": 0}, {"max_batch": 0}, {"split": "test"}])
 def test_impossible_settings_are_refused_before_anything_runs(tmp_path, changes: dict):
     with pytest.raises(ValueError):
         run(settings(tmp_path / "run", **changes))
@@ -195,3 +203,37 @@ def test_processes_that_wait_are_answered_in_one_batch():
     )
     assert batches == [["a", "b"], ["c"]] and ended == [("job 0", 1), ("job 1", 2)]
     assert pool.sent == [(0, "job 0"), (1, "job 1"), (0, "A"), (1, "B"), (1, "C")]
+
+
+def test_two_evaluations_cannot_share_a_folder(tmp_path):
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="being written by process"):
+        run(settings(tmp_path / "run", episodes=1))
+    run(settings(tmp_path / "run", episodes=1))
+
+
+@pytest.mark.parametrize(("max_batch", "sizes"), [(None, [5]), (1, [1] * 5), (2, [2, 2, 1])])
+def test_answers_do_not_depend_on_the_batch(max_batch: int | None, sizes: list[int]):
+    environment = PointWorld()
+    environment.reset(0, start("validation", 0))
+    questions = [Question(environment.observe(), None, seed) for seed in range(5)]
+    policy = PointPolicy()
+    together = answer(policy, questions, max_batch)
+    assert policy.batch_sizes == sizes
+    for question, chunk in zip(questions, together, strict=True):
+        np.testing.assert_array_equal(chunk.actions, answer(PointPolicy(), [question])[0].actions)
+
+
+def test_workers_end_when_their_parent_is_killed():
+    """Even in the middle of a job that never looks at its pipe."""
+    code = (
+        "import time\nfrom sim.workers import WorkerPool\nfrom tests.point_world import sleep_forever\n"
+        "if __name__ == '__main__':\n    pool = WorkerPool(1, sleep_forever)\n    print(pool.receive()[0][1], flush=True)\n    time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not Path(f"/proc/{child}").exists()

@@ -47,10 +47,12 @@ def test_any_state_has_a_bounded_label(goal):
             )
             for name in ("a", "b")
         }
-        world = World(generator.uniform(-0.3, 0.3, 3), random_rotation(generator), generator.uniform(0, 0.08), bodies, goal)
+        width = generator.uniform(0, 0.08)
+        world = World(generator.uniform(-0.3, 0.3, 3), random_rotation(generator), width, bodies, goal)
         action = GoalExpert().action(world)
         assert action.shape == (7,) and action.dtype == np.float32
-        assert np.linalg.norm(action[:3]) <= skills.MAX_SPEED + 1e-6 and np.linalg.norm(action[3:6]) <= skills.MAX_TURN + 1e-6
+        assert np.linalg.norm(action[:3]) <= skills.MAX_SPEED + 1e-6
+        assert np.linalg.norm(action[3:6]) <= skills.MAX_TURN + 1e-6
         assert action[6] in (-1.0, 1.0)
 
 

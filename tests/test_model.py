@@ -106,6 +106,16 @@ def test_cached_action_rounds_equal_the_uncached_path():
     assert prefix.cache.length == is_real.shape[1]
 
 
+def test_padding_of_a_whole_batch_is_cut_off_exactly():
+    model = build_model()
+    embeddings, is_real = model.embed_prefix(*(part[1:3] for part in inputs()))  # texts of 3 and 1 words of 6
+    tokens = torch.full((2, 12), model.config.mask_id)
+    prefix = model.prefill(embeddings, is_real)
+    assert prefix.cache.length == is_real.shape[1] - 3
+    expected = model.action_hidden_uncached(tokens, embeddings, is_real)
+    torch.testing.assert_close(model.action_hidden(tokens, prefix), expected, atol=1e-5, rtol=1e-4)
+
+
 def test_padding_text_changes_nothing():
     model = build_model()
     images, state, text, text_mask = inputs()

@@ -9,9 +9,9 @@ import os
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         "collect": Verb(
             "sim.collect:main",
             "expert episodes -> LeRobotDataset and frame cache",
-            "vla collect --suite=robosuite_lift --episodes=100 --workers=2",
+            "vla collect --suite=robosuite_lift --episodes_per_task=100 --workers=2",
         ),
         "train": Verb(
             "vla.train:main",
@@ -53,7 +53,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "success of the scripted experts",
             "vla experts --suite=libero_object --episodes=20",
         ),
-        "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench latency"),
+        "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench decoding"),
     },
 }
 VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
@@ -133,9 +133,11 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, verb: str = "VER
     """Settings from `--config_path FILE.yaml` and `--a.b=value`; the command line wins.
 
     What draccus 0.10 does not say: fields may be nested dataclasses, tuples, lists, dicts (given whole, as YAML:
-    `--tasks=[0,1]`, `--table='{a: 1}'`), Path, `X | None` (`null`); a Literal has no decoder, so declare `str` and check
-    it in __post_init__; an abbreviated flag would be taken silently, so names are checked here first; a ValueError
-    of __post_init__ arrives wrapped, and is unwrapped here. A bare `--resume` of a bool field means true.
+    `--tasks=[0,1]`, `--table='{a: 1}'`), Path, `X | None` (`null`). A dict on the command line is merged into the file's
+    key by key. A Literal has no decoder: declare `str` and check it
+    in __post_init__. A nested dataclass of which anything is given starts from its own class's defaults, not from the
+    instance that the outer class names. An abbreviated flag would be taken silently, so names are checked here first;
+    a ValueError of __post_init__ arrives wrapped and is unwrapped here. A bare `--resume` of a bool field means true.
     `--help` prints every field and leaves with SystemExit(0).
     Raises ValueError of one line for an unknown field or a value of the wrong type, FileNotFoundError for the YAML file.
     """
@@ -143,7 +145,7 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, verb: str = "VER
     from draccus.utils import DraccusException
     from yaml import YAMLError
 
-    settings = {name: (field, kind) for name, field, kind in _settings(config_class)}
+    settings = {setting.name: setting for setting in _settings(config_class)}
     if any(argument in ("-h", "--help") for argument in argv):
         print(_settings_help(config_class, settings, verb))
         raise SystemExit(0)
@@ -161,18 +163,34 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, verb: str = "VER
         raise ValueError(f"{text} (`vla {verb} --help` lists the settings)") from error
 
 
-def _settings(config_class: type, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
-    """(dotted name, field, type) of every leaf, nested dataclasses opened, in order."""
+@dataclass(frozen=True)
+class _Setting:
+    """One leaf of a config class."""
+
+    name: str  # dotted
+    kind: Any
+    default: Any  # MISSING if it must be given
+    comment: str  # beside it in the source
+
+
+def _settings(config_class: type, prefix: str = "", defaults: Any = MISSING) -> Iterator[_Setting]:
+    """Every leaf in order, nested dataclasses opened; `defaults`: the instance that an outer class starts from."""
+    from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
+
     hints = get_type_hints(config_class)
     for field in fields(config_class):
-        name, kind = prefix + field.name, hints[field.name]
-        if is_dataclass(kind):
-            yield from _settings(kind, f"{name}.")
+        default = getattr(defaults, field.name, MISSING)
+        if default is MISSING:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+        kinds = [kind for kind in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(kind)]
+        if kinds:
+            yield from _settings(kinds[0], f"{prefix}{field.name}.", default)
         else:
-            yield name, field, kind
+            comment = get_preferred_help_text(get_attribute_docstring(config_class, field.name)) or ""
+            yield _Setting(prefix + field.name, hints[field.name], default, comment)
 
 
-def _checked_arguments(argv: Sequence[str], settings: dict[str, tuple[Field, Any]], verb: str) -> list[str]:
+def _checked_arguments(argv: Sequence[str], settings: dict[str, _Setting], verb: str) -> list[str]:
     """`--name=value` for every argument, names checked, so that argparse has nothing left to misread."""
     result: list[str] = []
     waiting = list(argv)
@@ -188,7 +206,7 @@ def _checked_arguments(argv: Sequence[str], settings: dict[str, tuple[Field, Any
         if not equals:
             if waiting and not waiting[0].startswith("--"):
                 value = waiting.pop(0)
-            elif name in settings and settings[name][1] is bool:
+            elif name in settings and settings[name].kind is bool:
                 value = "true"
             else:
                 raise ValueError(f"--{name} needs a value: --{name}=...")
@@ -196,40 +214,24 @@ def _checked_arguments(argv: Sequence[str], settings: dict[str, tuple[Field, Any
     return result
 
 
-def _settings_help(config_class: type, settings: dict[str, tuple[Field, Any]], verb: str) -> str:
+def _settings_help(config_class: type, settings: dict[str, _Setting], verb: str) -> str:
     """Every setting with its default and the comment beside it in the source."""
-    from draccus.wrappers.docstring import get_attribute_docstring, get_preferred_help_text
-
-    owners = {f"{field.name}": config_class for field in fields(config_class)}
-    lines = [f"usage: vla {verb} [--config_path FILE.yaml] [--name=value ...]", "", _first_line(config_class), ""]
-    for name, (field, kind) in settings.items():
-        owner = owners.get(name) or _owner(config_class, name)
-        comment = get_preferred_help_text(get_attribute_docstring(owner, field.name)) or ""
-        lines.append(f"  --{name}={_default(field, kind)}")
-        lines += textwrap.wrap(comment, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
+    title = (config_class.__doc__ or config_class.__name__).strip().splitlines()[0]
+    lines = [title, "", f"usage: vla {verb} [--config_path FILE.yaml] [--name=value ...]", ""]
+    for setting in settings.values():
+        lines.append(f"  --{setting.name}={_shown(setting)}")
+        lines += textwrap.wrap(setting.comment, 100, initial_indent=" " * 8, subsequent_indent=" " * 8)
     return "\n".join(lines)
 
 
-def _owner(config_class: type, name: str) -> type:
-    """The dataclass that declares the dotted `name`."""
-    for part in name.split(".")[:-1]:
-        config_class = get_type_hints(config_class)[part]
-    return config_class
-
-
-def _default(field: Field, kind: Any) -> str:
-    value = field.default if field.default_factory is MISSING else field.default_factory()
-    if value is MISSING:
-        return f"<{getattr(kind, '__name__', kind)}, required>"
-    if value is None:
-        return f"null <{kind}>"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return str(list(value) if isinstance(value, tuple) else value)
-
-
-def _first_line(config_class: type) -> str:
-    return (config_class.__doc__ or config_class.__name__).strip().splitlines()[0]
+def _shown(setting: _Setting) -> str:
+    """The default as one would type it; the type where there is none."""
+    if setting.default is MISSING or setting.default is None:
+        kind = str(getattr(setting.kind, "__name__", setting.kind) if isinstance(setting.kind, type) else setting.kind)
+        return f"{'<required>' if setting.default is MISSING else 'null'}  ({kind.replace('pathlib.', '')})"
+    if isinstance(setting.default, bool):
+        return str(setting.default).lower()
+    return str(list(setting.default) if isinstance(setting.default, tuple) else setting.default)
 
 
 def _one_error(error: Exception) -> str:

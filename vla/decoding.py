@@ -19,6 +19,7 @@ class DecodeConfig:
     token_temperature: float = 0.0  # 0: the likeliest token; else sample
     order_temperature: float = 0.0  # Gumbel noise on the order, falling to 0 over the rounds; 0: by confidence
     remask: str = "none"  # none | threshold | residual_drop | remdm
+    confidence_radius: int = 0  # a motion token's confidence is the probability within this many bins of it
 
     def __post_init__(self) -> None:
         check_choice("DecodeConfig", "remask", self.remask, tuple(REMASK_RULES))
@@ -32,7 +33,7 @@ class Decoded:
 
     tokens: Tensor  # int64 [B, L]
     probs: Tensor  # float32 [B, L, V]
-    confidence: Tensor  # float32 [B, L], probability of the token when it was committed; 1 at known slots
+    confidence: Tensor  # float32 [B, L], see `confidence_of`, when the token was committed; 1 at known slots
     rounds: Tensor  # int64 [B], passes each row took
 
 
@@ -47,8 +48,9 @@ def decode(
     mask_id: int,
     config: DecodeConfig,
     seeds: Sequence[int] | None = None,
+    is_ordinal: Tensor | None = None,
 ) -> Decoded:
-    """Unmask every slot that is not known.
+    """Unmask every slot that is not known. is_ordinal: bool [L], the slots that confidence_radius is for; default all.
 
     known_tokens: int64 [B, L], read where is_known [B, L]; those slots are never changed. Per round: predict all masked
     slots, commit the most confident until at most the cosine quota stays masked, and everything above the threshold;
@@ -58,6 +60,9 @@ def decode(
     tokens = torch.where(is_known, known_tokens, torch.full_like(known_tokens, mask_id))
     batch, device = tokens.shape[0], tokens.device
     num_free = (~is_known).sum(1)
+    radius = torch.full_like(tokens[0], config.confidence_radius)
+    if is_ordinal is not None:
+        radius = radius * is_ordinal
     generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0] * batch)]
     confidence = is_known.float()
     probs: Tensor | None = None
@@ -76,7 +81,7 @@ def decode(
         now = tokens[rows]
         masked = now == mask_id
         proposal = _propose(row_probs, config.token_temperature, noise)
-        score = row_probs.gather(2, proposal[..., None])[..., 0]
+        score = confidence_of(row_probs, proposal, radius)
         chosen = _commit(score, masked, num_free[rows], index, config, noise)
 
         now = torch.where(chosen, proposal, now)
@@ -84,7 +89,8 @@ def decode(
         probs[rows] = torch.where(chosen[..., None], row_probs, probs[rows])
         if config.remask != "none" and index + 1 < config.rounds:
             free = ~is_known[rows] & ~masked  # committed in earlier rounds
-            doubted = _doubt(row_probs, now, confidence[rows], free, chosen.sum(1) - 1, index, config, noise)
+            standing = confidence_of(row_probs, now.clamp_max(row_probs.shape[-1] - 1), radius)
+            doubted = _doubt(standing, confidence[rows], free, chosen.sum(1) - 1, index, config, noise)
             now = now.masked_fill(doubted, mask_id)
         tokens[rows] = now
 
@@ -92,6 +98,20 @@ def decode(
         size = int(known_tokens.max()) + 1
         probs = torch.nn.functional.one_hot(known_tokens, size).float()
     return Decoded(tokens, probs, confidence, rounds_used)
+
+
+def confidence_of(probs: Tensor, tokens: Tensor, radius: Tensor) -> Tensor:
+    """Probability within radius [L] ids of the tokens [R, L]: float [R, L].
+
+    Radius 0 is the token's own probability. Neighbouring bins mean nearly the same motion, so a model trained on
+    ordinal targets spreads its certainty over them and no single bin says how sure it is.
+    """
+    if not radius.any():
+        return probs.gather(2, tokens[..., None])[..., 0]
+    sums = torch.nn.functional.pad(probs.cumsum(-1), (1, 0))
+    above = sums.gather(2, (tokens + radius + 1).clamp_max(probs.shape[-1])[..., None])
+    below = sums.gather(2, (tokens - radius).clamp_min(0)[..., None])
+    return (above - below)[..., 0].clamp(0.0, 1.0)
 
 
 class _Noise:
@@ -129,16 +149,15 @@ def _commit(score: Tensor, masked: Tensor, num_free: Tensor, index: int, config:
 
 
 def _doubt(
-    probs: Tensor, tokens: Tensor, committed: Tensor, free: Tensor, budget: Tensor, index: int, config: DecodeConfig, noise: _Noise
+    standing: Tensor, committed: Tensor, free: Tensor, budget: Tensor, index: int, config: DecodeConfig, noise: _Noise
 ) -> Tensor:
     """Which earlier committed slots are masked again, at most `budget` [R] of a row: bool [R, L]."""
-    standing = probs.gather(2, tokens.clamp_max(probs.shape[-1] - 1)[..., None])[..., 0]
     state = RoundState(
         confidence=standing,
         committed_confidence=committed,
         progress=(index + 1) / config.rounds,
         next_progress=(index + 2) / config.rounds,
-        noise=noise.uniform(tokens.shape[1]).float(),
+        noise=noise.uniform(standing.shape[1]).float(),
     )
     doubt = REMASK_RULES[config.remask](state).masked_fill(~free, -torch.inf)
     rank = doubt.argsort(dim=1, descending=True, stable=True).argsort(dim=1)

@@ -68,6 +68,7 @@ class SlotLayout:
     def __init__(self, tokenizer: ActionTokenizer, horizon: int, device: torch.device) -> None:
         ranges = torch.tensor([tokenizer.valid_range(dim) for dim in range(tokenizer.action_dim)], device=device)
         self.ranges = ranges.repeat(horizon, 1)  # [L, 2], end excluded
+        self.is_ordinal = (ranges[:, 1] - ranges[:, 0] > 2).repeat(horizon)  # [L]
         self.allowed = torch.as_tensor(tokenizer.allowed, device=device).repeat(horizon, 1)  # [L, V]
 
 
@@ -125,7 +126,7 @@ class DiscreteDiffusionHead:
         def logits_of(tokens: Tensor, rows: Tensor) -> Tensor:
             return model.action_logits(model.action_hidden(tokens, prefix.select(rows)), layout.allowed)
 
-        return decode(logits_of, known, is_known, model.config.mask_id, self._rounds(config), seeds)
+        return decode(logits_of, known, is_known, model.config.mask_id, self._rounds(config), seeds, layout.is_ordinal)
 
     def _draws(self) -> int:
         return self.config.mask_draws

@@ -54,16 +54,24 @@ class Prefix:
     """An encoded observation: the cache of its positions and which of them are real (not padding)."""
 
     cache: KVCache
-    is_real: Tensor  # bool [B, P]
+    is_real: Tensor  # bool [B, P']; P' <= P, positions that are padding in every row are left out
+    has_padding: bool  # some position is padding in some row
+
+    def mask(self, num_more: int) -> Tensor | None:
+        """Which of the prefix and `num_more` further positions a query may see: [B, 1, 1, P' + num_more], None = all."""
+        if not self.has_padding:
+            return None
+        more = torch.ones(self.is_real.shape[0], num_more, dtype=torch.bool, device=self.is_real.device)
+        return key_padding_mask(torch.cat([self.is_real, more], dim=1))
 
     def repeat(self, times: int) -> "Prefix":
-        return Prefix(self.cache.repeat(times), self.is_real.repeat_interleave(times, dim=0))
+        return Prefix(self.cache.repeat(times), self.is_real.repeat_interleave(times, dim=0), self.has_padding)
 
     def select(self, rows: Tensor) -> "Prefix":
         """Rows of the batch; the prefix itself when they are all of it, in order."""
         if rows.numel() == self.is_real.shape[0]:
             return self
-        return Prefix(self.cache.select(rows), self.is_real.index_select(0, rows))
+        return Prefix(self.cache.select(rows), self.is_real.index_select(0, rows), self.has_padding)
 
 
 class VLA(nn.Module):
@@ -84,6 +92,11 @@ class VLA(nn.Module):
         ):  # fmt: skip
             initialise(module)
 
+    @property
+    def prefix_length(self) -> int:
+        """Positions of images, state and padded text, P: where the action slots' positions begin."""
+        return self.vlm.num_image_tokens + 1 + self.config.text_length
+
     # ---------------------------------------------------------------------------------------------------------- prefix
 
     def embed_prefix(self, images: Tensor, state: Tensor, text_ids: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,12 +109,17 @@ class VLA(nn.Module):
         return torch.cat([part.to(parts[1].dtype) for part in parts], dim=1), torch.cat([seen, text_mask], dim=1)
 
     def prefill(self, embeddings: Tensor, is_real: Tensor) -> Prefix:
-        """Run the prefix once; every position sees all real ones."""
-        batch, length, _ = embeddings.shape
+        """Run the prefix once; every position sees all real ones.
+
+        Padding stands at the end, so what is padding in every row is cut off: nobody would look at it.
+        """
+        length = int(is_real.any(0).sum())
+        embeddings, is_real = embeddings[:, :length], is_real[:, :length]
         cache = self.vlm.decoder.new_cache()
-        positions = arange_positions(batch, 0, length, embeddings.device)
-        self.vlm.decoder.fill(embeddings, key_padding_mask(is_real), positions, cache)
-        return Prefix(cache, is_real)
+        prefix = Prefix(cache, is_real, has_padding=not bool(is_real.all()))
+        positions = arange_positions(embeddings.shape[0], 0, length, embeddings.device)
+        self.vlm.decoder.fill(embeddings, prefix.mask(0), positions, cache)
+        return prefix
 
     # --------------------------------------------------------------------------------------------------------- actions
 
@@ -114,14 +132,8 @@ class VLA(nn.Module):
     def action_hidden(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         """One round: all slots [B, L] see the prefix and each other. Leaves the prefix as it is. [B, L, width]"""
         batch, num_slots = tokens.shape
-        length = prefix.is_real.shape[1]
-        is_real = torch.cat([prefix.is_real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
-        return self.vlm.decoder(
-            self.embed_slots(tokens),
-            key_padding_mask(is_real),
-            arange_positions(batch, length, num_slots, tokens.device),
-            prefix.cache.view(),
-        )
+        positions = arange_positions(batch, self.prefix_length, num_slots, tokens.device)
+        return self.vlm.decoder(self.embed_slots(tokens), prefix.mask(num_slots), positions, prefix.cache.view())
 
     def action_hidden_uncached(self, tokens: Tensor, embeddings: Tensor, is_real: Tensor) -> Tensor:
         """The definition of `action_hidden`: prefix and slots in one pass, the prefix blind to the slots."""
@@ -142,11 +154,10 @@ class VLA(nn.Module):
         that holds the slots before first_slot; the new ones are appended. Returns [B, T, width].
         """
         batch, count = previous.shape
-        length = prefix.is_real.shape[1]
         past = causal_mask(count, first_slot + count, previous.device)
         seen = key_padding_mask(prefix.is_real).expand(-1, -1, count, -1)
         mask = torch.cat([seen, past.expand(batch, 1, -1, -1)], dim=3)
-        positions = arange_positions(batch, length + first_slot, count, previous.device)
+        positions = arange_positions(batch, self.prefix_length + first_slot, count, previous.device)
         return self.vlm.decoder(self.embed_slots(previous, first_slot), mask, positions, cache)
 
     def action_logits(self, hidden: Tensor, allowed: Tensor) -> Tensor:

@@ -146,16 +146,16 @@ class _Accumulator:
             total.bias = bias_gradient if total.bias is None else total.bias.add_(bias_gradient)
 
 
-def add_product_(total: Tensor | None, dz: Tensor, hidden: Tensor) -> Tensor:
-    """total [V, D] (accumulation dtype; None: zeros) += dz.T [V, c] @ hidden [c, D], without rounding the product to a half type."""
-    dtype = accumulation_dtype(dz.dtype)
+def add_product_(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """total [a, b] (accumulation dtype; None: zeros) += left.T [a, c] @ right [c, b], no product rounded to a half type."""
+    dtype = accumulation_dtype(left.dtype)
     if total is None:
-        total = torch.zeros(dz.shape[1], hidden.shape[1], dtype=dtype, device=dz.device)
-    if dz.dtype == dtype:
-        return total.addmm_(dz.T, hidden)
-    if dz.is_cuda:
-        return torch.addmm(total, dz.T, hidden, out_dtype=dtype, out=total)
-    hidden = hidden.to(dtype)  # no CPU GEMM takes bfloat16 and gives float32; blocks keep the copy small
-    for start in range(0, dz.shape[1], 4096):
-        total[start : start + 4096].addmm_(dz[:, start : start + 4096].T.to(dtype), hidden)
+        total = torch.zeros(left.shape[1], right.shape[1], dtype=dtype, device=left.device)
+    if left.dtype == dtype:
+        return total.addmm_(left.T, right)
+    if left.is_cuda:
+        return torch.addmm(total, left.T, right, out_dtype=dtype, out=total)
+    right = right.to(dtype)  # no CPU GEMM takes bfloat16 and gives float32; blocks keep the copy small
+    for start in range(0, left.shape[1], 4096):
+        total[start : start + 4096].addmm_(left[:, start : start + 4096].T.to(dtype), right)
     return total

@@ -1,19 +1,23 @@
 """The one public loss: cross-entropy of `hidden @ weight.T` without the logits. Validate, compact, pick a backend, reduce."""
 
-from typing import Literal
+import importlib.util
+import os
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from multimodal.kernels import logit_rows
 from multimodal.kernels.autograd import Backend, Plan, summed_loss, token_statistics
-from multimodal.kernels.chunked import Chunked
+from multimodal.kernels.chunked import LOGITS_BYTES, Chunked, RowPass
 from multimodal.kernels.inputs import check_finite, check_inputs, compact
 from multimodal.kernels.reduction import LossOutput, Reduction, row_scale
 from multimodal.kernels.reference import token_statistics_reference
 from multimodal.kernels.row_loss import RowLoss, SmoothedCrossEntropy
 from multimodal.kernels.statistics import Rows, TokenLoss, TokenStatistics, VocabShard, accumulation_dtype
+from multimodal.kernels.vocab_blocks import VocabBlocks
 
-BackendName = Literal["auto", "reference", "chunked", "triton", "triton_recompute"]
+BackendName = Literal["auto", "reference", "chunked", "vocab_blocks", "triton", "triton_recompute"]
 
 
 def linear_cross_entropy(
@@ -84,7 +88,7 @@ def linear_cross_entropy(
     )  # fmt: skip
     bias = None if bias is None else bias.to(accumulation_dtype(hidden.dtype))
     scale = row_scale(kept.weight, len(kept.rows), reduction, normalizer)
-    chosen = _build_backend(backend, kept.hidden, weight, logits_bytes)
+    chosen = build_backend(backend, kept.hidden, weight, logits_bytes)
     if _one_sweep(chosen, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
         loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), RowLoss(token_loss, scale))
         if kept.validate:
@@ -126,10 +130,47 @@ def _statistics(
     return token_statistics(hidden, weight, bias, Plan(backend, rows, shard))
 
 
-def _build_backend(name: BackendName, hidden: Tensor, weight: Tensor, logits_bytes: int | None) -> Backend | None:
-    """None stands for the reference. "auto": Triton where a CUDA tensor meets an importable triton, else chunked."""
+def build_backend(name: BackendName, hidden: Tensor, weight: Tensor, logits_bytes: int | None = None) -> Backend | None:
+    """The backend called `name` for these tensors; None stands for the reference.
+
+    "auto": `chunked` on the CPU and wherever triton is missing; on CUDA `triton`, or `vocab_blocks` if its logits and float32 weight
+    gradient would not fit into half the free memory. Raises ValueError for a name, a device or a package that does not fit."""
+    if name == "auto":
+        name = _automatic(hidden, weight)
     if name == "reference":
         return None
-    if name == "chunked" or (name == "auto" and not hidden.is_cuda):
+    if name == "chunked":
         return Chunked(logits_bytes=logits_bytes)
-    raise ValueError(f"backend is {name!r}; allowed: 'auto', 'reference', 'chunked', 'triton', 'triton_recompute'.")
+    if name == "vocab_blocks":
+        return VocabBlocks(row_pass=_triton_rows() if hidden.is_cuda and has_triton() else logit_rows, logits_bytes=logits_bytes)
+    if name not in ("triton", "triton_recompute"):
+        raise ValueError(f"backend is {name!r}; allowed: {', '.join(map(repr, get_args(BackendName)))}.")
+    if not has_triton():
+        raise ValueError(f"backend is {name!r}, but triton is not installed. Install it, or use backend='auto'.")
+    if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"backend is {name!r} for tensors on {hidden.device}; it needs CUDA tensors. Use backend='auto'.")
+    if name == "triton":
+        return Chunked(row_pass=_triton_rows(), logits_bytes=logits_bytes)
+    from multimodal.kernels.triton_recompute import Recompute  # imports triton, which not every machine has
+
+    return Recompute()
+
+
+def _triton_rows() -> RowPass:
+    from multimodal.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _automatic(hidden: Tensor, weight: Tensor) -> BackendName:
+    if not hidden.is_cuda:
+        return "chunked"
+    free, _ = torch.cuda.mem_get_info(hidden.device)
+    needed = min(LOGITS_BYTES["cuda"], hidden.shape[0] * weight.shape[0] * hidden.element_size()) + 4 * weight.numel()
+    if needed > free / 2:
+        return "vocab_blocks"
+    return "triton" if has_triton() else "chunked"

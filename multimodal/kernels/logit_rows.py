@@ -37,7 +37,7 @@ class _Block:
     def _exponentiate(self, shift: Tensor) -> None:
         """z <- exp(z - shift), keeping z - shift where the entropy needs it. shift: [b]."""
         self.z.sub_(shift[:, None])
-        self.shifted = self.z.clamp(min=torch.finfo(self.z.dtype).min) if self.rows.want_entropy else None  # no -inf * 0
+        self.shifted = self.z.clamp(min=-1e4) if self.rows.want_entropy else None  # exp(-1e4) is 0; -inf * 0 would be NaN
         self.z.exp_()
 
     def statistics(self) -> TokenStatistics:

@@ -28,7 +28,7 @@ def pick_and_place(world: World, name: str, place: Placement, *, arrived: bool) 
     """Grasp body `name` wherever it is, carry it to `place`, and leave it there once it has `arrived`."""
     body = find_body(world, name)
     if arrived:
-        return skills.retreat(world)
+        return skills.retreat(world, name)
     if skills.is_held(world, body):
         return skills.carry_and_place(world, name, place)
     return skills.reach_and_grasp(world, name)
@@ -58,7 +58,7 @@ def place_in(world: World, name: str, region_name: str) -> np.ndarray:
     body = find_body(world, name)
     offset = np.abs(body.position_w - region.position_w)
     inside = bool((offset[:2] < region.half_extents[:2]).all())
-    falling_or_in = inside and skills.underside(body) < rim + 0.05 and not skills.is_held(world, body)
+    falling_or_in = inside and skills.underside(body) < rim + 0.1 and not skills.is_held(world, body)
     target = np.array([*region.position_w[:2], rim + 0.02])
     place = Placement(target, clear_z=rim + 0.02, tolerance=0.02, lower=False)
     return pick_and_place(world, name, place, arrived=falling_or_in)
@@ -87,8 +87,8 @@ class GoalExpert:
         """See `Expert.action`. Raises ValueError if no program reaches the goal."""
         if len(world.goal) != 1 or world.goal[0][0] not in PROGRAMS:
             raise ValueError(
-                f"No scripted expert for the goal {world.goal}; there are programs for one predicate of {sorted(PROGRAMS)}. "
-                "Add one to sim/experts/programs.py, or choose another task."
+                f"No scripted expert for the goal {world.goal}; there are programs for one predicate of "
+                f"{sorted(PROGRAMS)}. Add one to sim/experts/programs.py, or choose another task."
             )
         predicate, *names = world.goal[0]
         return PROGRAMS[predicate](world, *names).astype(np.float32)
@@ -117,7 +117,10 @@ class NoisyExpert:
 
 
 def build_expert(environment: Environment, task: int) -> Expert:
-    """The expert of a task. Raises ValueError if the environment has no such task; an unknown goal shows at `action`."""
+    """The expert of a task; whether its goal has a program shows at the first `action`, since a world carries the goal.
+
+    Raises ValueError if the environment has no such task.
+    """
     if not 0 <= task < environment.num_tasks:
         raise ValueError(f"No task {task}; the environment has 0 to {environment.num_tasks - 1}.")
     return GoalExpert()

@@ -124,15 +124,13 @@ def num_blocked_fingers(position_w: np.ndarray, finger_axis_w: np.ndarray, obsta
     return blocked
 
 
-def servo(
-    world: World, position_w: np.ndarray, finger_axis_w: np.ndarray, gripper: float, *, speed: float = MAX_SPEED
-) -> np.ndarray:
+def servo(world: World, position_w: np.ndarray, finger_axis_w: np.ndarray, gripper: float) -> np.ndarray:
     """One proportional step of the grip site towards a position, approach straight down, fingers along an axis.
 
-    Returns the action, float [7] in [-1, 1]; |translation| <= speed.
+    Returns the action, float [7]; |translation| <= MAX_SPEED, |rotation| <= MAX_TURN.
     """
     translation = POSITION_GAIN * (position_w - world.gripper_position_w) / METRES_PER_UNIT
-    translation *= min(1.0, speed / max(np.linalg.norm(translation), 1e-9))
+    translation *= min(1.0, MAX_SPEED / max(np.linalg.norm(translation), 1e-9))
     approach = np.array([0.0, 0.0, -1.0])
     target = np.stack([np.cross(finger_axis_w, approach), finger_axis_w, approach], axis=1)
     current = world.gripper_rotation_w
@@ -157,8 +155,8 @@ def ramp(value: float, low: float, high: float) -> float:
 def reach_and_grasp(world: World, name: str) -> np.ndarray:
     """Approach through a funnel above the object, descend when aligned, close at the grasp; reopen after a miss.
 
-    Along the fingers the hand may err by the slack between pads and object. A gripper that has begun to close keeps closing
-    within twice the tolerance, so that small disturbances do not make it start again.
+    The hand may err by the slack between pads and object. A gripper that has begun to close keeps closing within twice
+    the tolerance, so that small disturbances do not make it start again.
     """
     body = world.bodies[name]
     grasp = plan_grasp(world, name)
@@ -212,7 +210,8 @@ def carry_and_place(world: World, name: str, place: Placement) -> np.ndarray:
     return servo(world, target, finger_axis, CLOSE)
 
 
-def retreat(world: World) -> np.ndarray:
-    """Open and rise: what to do when nothing is left to do."""
-    up = world.gripper_position_w + np.array([0.0, 0.0, 0.02])
-    return servo(world, up, horizontal(world.gripper_rotation_w[:, 1]), OPEN)
+def retreat(world: World, name: str) -> np.ndarray:
+    """Open and rise from body `name`; sink while it clings to a finger (a carton's roof can hook a finger tip)."""
+    rise = -0.02 if any(world.bodies[name].touches_fingers) else 0.02
+    target = world.gripper_position_w + np.array([0.0, 0.0, rise])
+    return servo(world, target, horizontal(world.gripper_rotation_w[:, 1]), OPEN)

@@ -64,7 +64,7 @@ def measure(length: int, options: argparse.Namespace) -> list:
     seconds = interleaved(
         {"tower": lambda: model.vlm.embed_images(images), "cached": cached, "uncached": uncached}, options.repetitions
     )
-    passes, slots, rounds = is_real.shape[1], config.num_slots, options.rounds
+    passes, slots, rounds = model.prefix_length, config.num_slots, options.rounds
     bound = (passes + rounds * slots) / (rounds * (passes + slots))
     ratio = median_ratio(seconds["cached"], seconds["uncached"])
     times = [1e3 * statistics.median(seconds[name]) for name in ("tower", "cached", "uncached")]
