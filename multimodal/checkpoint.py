@@ -147,8 +147,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             continue
         first_name[identity] = name
         stored[name] = _owned(tensor)
-    try:
-        save_file(stored, path, metadata={"format": "pt", "aliases": json.dumps(aliases)})
+    try:  # one metadata entry only: safetensors writes several in random order, and equal weights must be equal files
+        save_file(stored, path, metadata={"aliases": json.dumps(aliases)})
     except SafetensorError as error:  # safetensors wraps the operating system's error into its text
         if f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error):
             raise OSError(errno.ENOSPC, str(error), str(path)) from error

@@ -1,7 +1,7 @@
 """Camera frames to model range: crop, colour jitter in training, normalisation; one path for training and inference.
 
-All of it is affine per pixel, so crop, jitter and normalisation cost one pass over the cropped image: 0.1 ms for a
-128-pixel image on one core (tests/test_images.py prints the figure of the machine with `pytest -s`).
+All of it is affine per pixel, so crop, jitter and normalisation cost one pass over the cropped image: 0.3 ms for a
+128-pixel image on one busy core (`pytest -s tests/test_images.py` prints the figure of the machine at hand).
 """
 
 from dataclasses import dataclass
@@ -49,7 +49,7 @@ def prepare_images(images: Tensor, config: ImageConfig, generator: torch.Generat
         raise ValueError(f"Images are {images.dtype} {list(images.shape)}; expected uint8 [..., H, W, 3].")
     height, width = images.shape[-3:-1]
     if min(height, width) < config.crop:
-        raise ValueError(f"Images of {height} x {width} pixels are smaller than the crop of {config.crop}; lower ImageConfig.crop.")
+        raise ValueError(f"Images of {height} x {width} pixels are smaller than the crop of {config.crop}; lower it (ImageConfig).")
     frames = images.reshape(-1, height, width, 3)  # [N, H, W, 3]
     corners = _corners(len(frames), height - config.crop, width - config.crop, generator).to(frames.device)
     cropped = cut(frames, corners, config.crop).float()  # [N, 3, crop, crop], 0..255

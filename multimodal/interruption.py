@@ -12,8 +12,8 @@ class Interruption:
     """While entered, the first SIGINT or SIGTERM only sets `requested`; the second one raises KeyboardInterrupt.
 
     `at_once` makes the first one raise too (while nothing needs to be finished, as during validation). `take_pause`
-    tells whether the process was stopped and continued (SIGSTOP, SIGCONT; Ctrl-Z) since it was last asked. Outside the main thread Python
-    delivers no signals, so nothing is installed there.
+    tells whether the process was stopped and continued (SIGSTOP, SIGCONT; Ctrl-Z) since it was last asked. Outside the
+    main thread Python delivers no signals, so nothing is installed there.
     """
 
     def __init__(self) -> None:

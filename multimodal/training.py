@@ -133,6 +133,7 @@ class _Loop:
     def __init__(self, model: nn.Module, loss_step: LossStep, config: TrainingConfig, run: Path) -> None:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         self.accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=handlers)
+        self.is_main = self.accelerator.is_main_process
         self.config, self.run, self.model = config, run, model.to(self.accelerator.device)
         self.optimizer = build_optimizer(model, config)
         self.average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
@@ -140,10 +141,6 @@ class _Loop:
         self.generator = torch.Generator(self.accelerator.device)
         self.position, self.stopped, self._step_seconds = Position(), False, math.inf
         self.restart_clock()
-
-    @property
-    def is_main(self) -> bool:
-        return self.accelerator.is_main_process
 
     @property
     def progress(self) -> float:

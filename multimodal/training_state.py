@@ -74,7 +74,8 @@ def save_training_state(
 
 
 def load_training_state(
-    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None, settings: dict[str, Any],
+    folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
+    settings: dict[str, Any],
 ) -> Position:  # fmt: skip
     """Inverse of `save_training_state`. Raises ValueError if the run had other settings, another model or no average."""
     record = json.loads((folder / _POSITION).read_text())

@@ -1,11 +1,18 @@
-"""Which geoms a camera can see: a conservative test of bounding boxes against the view frustum, mirrors included."""
+"""Which geoms a camera can see: a conservative test of bounding boxes against the view frustum, mirrors included.
+
+A mirror (a reflective plane or box top) makes MuJoCo draw the scene twice and shows what the camera does not see
+directly. Where one opaque box stands before the mirror, nothing of it is seen: robosuite's floor is such a mirror, and
+its table such a box.
+"""
 
 from typing import Any
 
 import numpy as np
 
-MARGIN = 1.02  # the frustum is widened by 2 % against rounding at its border
+MARGIN = 1.02  # the view is widened by 2 %, and boxes that hide are narrowed by it, against rounding at borders
+TILES = 8  # a mirror's visible part is known to an eighth of the picture
 CORNERS = np.array([[x, y, z] for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)], float)  # [8, 3]
+DRAWN_GROUP = 1  # robosuite and LIBERO: visual geoms; group 0 holds collision geoms
 
 
 class CameraView:
@@ -18,15 +25,18 @@ class CameraView:
         self._data = data
         centre, half = model.geom_aabb[:, None, :3], model.geom_aabb[:, None, 3:]
         self._corners_g = centre + half * CORNERS  # [G, 8, 3] m, geom frame
-        self._endless = (model.geom_type == mjtGeom.mjGEOM_PLANE) | (model.geom_type == mjtGeom.mjGEOM_HFIELD)
-        material = model.geom_matid
-        reflectance = np.where(material >= 0, model.mat_reflectance[np.maximum(material, 0)] if model.nmat else 0, 0)
-        flat = (model.geom_type == mjtGeom.mjGEOM_PLANE) | (model.geom_type == mjtGeom.mjGEOM_BOX)
-        self._mirrors = np.flatnonzero((reflectance > 0) & flat & (model.geom_group == 1))
+        plane, box = model.geom_type == mjtGeom.mjGEOM_PLANE, model.geom_type == mjtGeom.mjGEOM_BOX
+        self._endless = plane | (model.geom_type == mjtGeom.mjGEOM_HFIELD)
+        materials = [model.mat(index) if index >= 0 else None for index in model.geom_matid]
+        reflects = np.array([material is not None and material.reflectance[0] > 0 for material in materials])
+        opaque = np.array([material is None or material.rgba[3] == 1 for material in materials])
+        drawn = (model.geom_group == DRAWN_GROUP) & (model.geom_rgba[:, 3] > 0)
+        self._mirrors = np.flatnonzero((plane | box) & reflects & drawn)
+        self._screens = np.flatnonzero(box & opaque & drawn & (model.geom_rgba[:, 3] == 1))
         self._has_shadows = bool(model.light_castshadow.any())
 
     def contains_geoms(self, camera_id: int) -> np.ndarray:
-        """bool [G]: the geom's box reaches into the view, directly or in a mirror (a reflective plane or box top).
+        """bool [G]: the geom's box reaches into the view, directly or in a mirror that is itself seen.
 
         All True if a light casts shadows, since an unseen geom's shadow may be seen.
         """
@@ -38,15 +48,17 @@ class CameraView:
         slope = MARGIN * np.tan(np.radians(model.cam_fovy[camera_id]) / 2)
         picture = np.array([[-slope, -slope], [slope, slope]])
         seen = self._endless | self._reaches(corners_w, camera_id, picture)
-        for mirror in self._mirrors:
-            if not seen[mirror]:
-                continue
+        for mirror in self._mirrors[seen[self._mirrors]]:
             normal = rotations[mirror][:, 2]
             height = 0.0 if self._endless[mirror] else model.geom_size[mirror, 2]
-            surface = data.geom_xpos[mirror] + height * normal
-            distance = (corners_w - surface) @ normal
+            distance = (corners_w - data.geom_xpos[mirror]) @ normal - height  # [G, 8] m, above the mirror's surface
             window = picture if self._endless[mirror] else self._window(corners_w[mirror], camera_id, picture)
-            seen |= self._reaches(corners_w - 2 * distance[..., None] * normal, camera_id, window)
+            before = self._screens[(distance[self._screens] > 0).all(axis=1)]
+            window = self._unscreened(window, camera_id, before)
+            if window is None:
+                seen[mirror] = False
+            else:
+                seen |= self._reaches(corners_w - 2 * distance[..., None] * normal, camera_id, window)
         return seen
 
     def _in_camera(self, points_w: np.ndarray, camera_id: int) -> np.ndarray:
@@ -61,6 +73,29 @@ class CameraView:
         slopes = corners[:, :2] / -corners[:, 2:]
         border = (MARGIN - 1) * picture[1]
         return np.clip([slopes.min(axis=0) - border, slopes.max(axis=0) + border], *picture)
+
+    def _unscreened(self, window: np.ndarray, camera_id: int, boxes: np.ndarray) -> np.ndarray | None:
+        """The part of the window [2, 2] that no one of these box geoms covers; None if they cover all of it.
+
+        A tile is covered if one box is met by the rays through all its four corners: boxes are convex.
+        """
+        model, data = self._model, self._data
+        x, y = (np.linspace(low, high, TILES + 1) for low, high in window.T)
+        rays = np.stack(np.broadcast_arrays(x[:, None], y[None, :], -1.0), axis=-1)  # depth 1 m
+        rays_w = rays @ data.cam_xmat[camera_id].reshape(3, 3).T
+        rotations = data.geom_xmat[boxes].reshape(-1, 3, 3)
+        origin = ((data.cam_xpos[camera_id] - data.geom_xpos[boxes])[:, None] @ rotations)[:, :, None]  # [B, 1, 1, 3]
+        direction = np.einsum("xyw,bwl->bxyl", rays_w, rotations)
+        direction = np.where(np.abs(direction) < 1e-12, 1e-12, direction)
+        half = model.geom_size[boxes][:, None, None] / MARGIN
+        first, second = (-half - origin) / direction, (half - origin) / direction
+        enters, leaves = np.minimum(first, second).max(axis=-1), np.maximum(first, second).min(axis=-1)
+        met = (leaves > enters) & (enters > model.vis.map.znear * model.stat.extent)  # [B, X, Y]
+        covered = (met[:, :-1, :-1] & met[:, 1:, :-1] & met[:, :-1, 1:] & met[:, 1:, 1:]).any(axis=0)
+        if covered.all():
+            return None
+        columns, rows = np.flatnonzero(~covered.all(axis=1)), np.flatnonzero(~covered.all(axis=0))
+        return np.array([[x[columns[0]], y[rows[0]]], [x[columns[-1] + 1], y[rows[-1] + 1]]])
 
     def _reaches(self, corners_w: np.ndarray, camera_id: int, window: np.ndarray) -> np.ndarray:
         """bool [G]: the corners [G, 8, 3] do not all lie beyond one side of the window [2, 2] or behind the camera."""

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from sim import demonstration, packing
 from sim.environment import Environment
 from sim.folder_lock import locked
-from sim.results import Tally, append_row, read_rows
+from sim.results import Tally, append_row, differences, read_rows
 from sim.seeds import start
 from sim.suites import build_environment, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs, serve_jobs
@@ -135,7 +135,9 @@ class Schedule:
         return 0 if self.is_hopeless(task) else self.episodes_per_task - len(self.solved(task))
 
 
-def work(connection: Connection, config: CollectConfig, build: Callable[..., Environment], expert: Callable[..., Any]) -> None:
+def work(
+    connection: Connection, config: CollectConfig, build: Callable[..., Environment], expert: Callable[..., Any]
+) -> None:
     """A simulator process: records the starts it is given and stages the successes. Imports no torch of ours."""
 
     def begin() -> tuple[dict[str, Any], Callable[[Job], dict[str, Any]]]:
@@ -278,10 +280,9 @@ def open_collection(config: CollectConfig) -> list[dict[str, Any]]:
         partial.unlink()
     settings = root / "settings.json"
     if settings.exists():
-        before = json.loads(settings.read_text())
-        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in config.identity.items() if before.get(key) != value]
+        changed = differences(json.loads(settings.read_text()), config.identity)
         if changed:
-            raise ValueError(f"{root} was begun with other settings: {'; '.join(changed)}. Use another --output_dir.")
+            raise ValueError(f"{root} was begun with other settings: {changed}. Use another --output_dir.")
     settings.write_text(json.dumps(config.identity, indent=1))
     latest = {(attempt["task"], attempt["index"]): attempt for attempt in read_rows(root / "attempts.jsonl")}
     return [
@@ -327,7 +328,8 @@ def print_report(report: dict[str, Any], root: Path) -> None:
         solved = f"{row['successes']}/{row['episodes']}"
         table.add_row(task, solved, f"{100 * low:.1f} - {100 * high:.1f}", str(row["errors"]), str(row["mean_steps"]))
     Console().print(table)
-    sizes = ", ".join(f"{name.removesuffix('_bytes')} {report[name] / 1e6:.0f} MB" for name in report if name.endswith("_bytes"))
+    parts = {name.removesuffix("_bytes"): report[name] for name in report if name.endswith("_bytes")}
+    sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items())
     rate = f"{report['episodes_per_hour']} episodes per hour, " if report["episodes_per_hour"] else ""
     print(f"{rate}{sizes}. Packed in {report['pack_s']} s. Next: vla train --dataset.root={root}")
 

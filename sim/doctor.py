@@ -28,7 +28,7 @@ GIGABYTE = 10**9
 DISK_WANTED = 10 * GIGABYTE  # libero_object's demonstrations, cache and run folders, with room
 DISK_NEEDED = 1 * GIGABYTE  # the demo's
 MEMORY_WANTED = 8 * GIGABYTE  # two simulator processes (1 GB each), torch, a training run
-DRAWING_LIMIT_S = 60
+DRAWING_LIMIT_S = 120  # seconds instead of 1 on a machine that is busy with other runs
 DRAWN_SIZE = 128  # pixels
 
 SCENE = """<mujoco><worldbody><light pos="0 0 3"/><geom group="1" type="box" size=".2 .2 .2" rgba="1 0 0 1"/>
@@ -163,7 +163,7 @@ def check_drawing() -> Finding:
         return Finding("rendering", OK, child.stdout.strip().splitlines()[-1])
     said = child.stderr.strip().splitlines()
     last = said[-1] if said else f"the drawing process ended with {child.returncode}"
-    advice = "Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri (or libosmesa6)"
+    advice = "Debian, Ubuntu: apt-get install libegl1 libgl1-mesa-dri libopengl0 (or libosmesa6)"
     if os.environ.get("MUJOCO_GL"):
         advice = f"unset MUJOCO_GL (now {os.environ['MUJOCO_GL']!r}); {advice}"
     return Finding("rendering", MISSING, last, advice)

@@ -13,6 +13,7 @@ sizes (2e-7 in an action, measured at the desk preset), which contacts can ampli
 for bit whatever the number of workers.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -31,7 +32,7 @@ from tqdm import tqdm
 from sim.environment import Environment
 from sim.episode_worker import EpisodeJob, EpisodeSettings, Question, version, work
 from sim.folder_lock import locked
-from sim.results import EpisodeRow, append_row, eval_info, read_episodes, success_table, tally
+from sim.results import EpisodeRow, append_row, differences, eval_info, read_episodes, success_table, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.video import last_frame, success_grid, write_image
@@ -184,7 +185,8 @@ def run_episodes(
                 bar.write(f"task {job.task}, episode {job.episode}: {row.error}")
 
         with WorkerPool(min(config.workers, len(jobs)), work, (settings, build)) as pool:
-            run_jobs(pool, next_job, started=started, finished=finished, answer=lambda asked: answer(policy, asked, config.max_batch))
+            reply = functools.partial(answer, policy, max_batch=config.max_batch)
+            run_jobs(pool, next_job, started=started, finished=finished, answer=reply)
 
 
 def answer(policy: Policy, questions: list[Question], max_batch: int | None = None) -> list[ActionChunk]:
@@ -258,10 +260,9 @@ def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> 
         raise ValueError(f"{folder} holds {len(rows)} episodes. Go on with --resume=true or use another --output_dir.")
     settings = folder / SETTINGS
     if rows and settings.exists():
-        before = json.loads(settings.read_text())
-        changed = [f"{key} was {before.get(key)!r}, is {value!r}" for key, value in identity.items() if before.get(key) != value]
+        changed = differences(json.loads(settings.read_text()), identity)
         if changed:
-            raise ValueError(f"{folder} cannot be resumed: {'; '.join(changed)}. Use another --output_dir.")
+            raise ValueError(f"{folder} cannot be resumed: {changed}. Use another --output_dir.")
     settings.write_text(json.dumps(identity, indent=1))
     return {(row.task, row.episode): row for row in rows}
 
@@ -273,8 +274,10 @@ def resumable(folder: Path) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         count = len(read_episodes(folder / ROWS))
-        message = f"{count} finished episodes are in {folder / ROWS}. The same command with --resume=true --output_dir={folder} goes on."
-        raise KeyboardInterrupt(message) from None
+        raise KeyboardInterrupt(
+            f"{count} finished episodes are in {folder / ROWS}. The same command with --resume=true goes on "
+            f"(--output_dir={folder})."
+        ) from None
 
 
 def error_fields(error: str) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             raise ValueError(
-                f"{folder} is being written by process {file.read().strip()}. Wait for it, end it, or use another --output_dir."
+                f"{folder} is being written by process {file.read().strip()}. Wait for it, end it, or use another "
+                "--output_dir."
             ) from None
         file.truncate(0)
         file.write(str(os.getpid()))

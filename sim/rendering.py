@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from sim.camera_view import CameraView
+from sim.camera_view import DRAWN_GROUP, CameraView
 
-GL_BACKENDS = ("egl", "osmesa")
 EGL_PLATFORM_DEVICE_EXT = 0x313F  # EGL_EXT_platform_device
-DRAWN_GROUP = 1  # robosuite and LIBERO: visual geoms; group 0 holds collision geoms
-HIDDEN_GROUP = 0
+HIDDEN_GROUP = 0  # collision geoms are in it
 MAX_GEOMS = 1000  # of a scene, as robosuite
 
 
@@ -95,7 +93,7 @@ class Renderer:
     """Draws the cameras of one MuJoCo model. The GL context is made at the first frame.
 
     The frames equal robosuite's and LIBERO's pixel for pixel. A software renderer spends its time on vertices (41 ns
-    each, 727 k of them in libero_object; the picture's size hardly matters), so geoms outside the camera's view are
+    each, 727 k of them in libero_object; the picture's size hardly matters), so geoms that the camera cannot see are
     left out; and the off-screen buffer is only as large as the largest frame asked for.
     """
 

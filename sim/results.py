@@ -68,6 +68,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What a resumed run must not change but did, e.g. "split was 'validation', is 'official'"; "" if nothing."""
+    changed = [key for key, value in now.items() if before.get(key) != value]
+    return "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+
+
 def read_episodes(path: Path) -> list[EpisodeRow]:
     """Rows of an evaluation. Raises ValueError if they lack a field of EpisodeRow or carry another one."""
     names = {field.name for field in fields(EpisodeRow)}

@@ -34,8 +34,13 @@ class VideoRecorder:
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = imageio.get_writer(
-            self._partial, fps=self.fps, codec="libx264", quality=7, macro_block_size=2, ffmpeg_log_level="error",
-            output_params=["-threads", "1"],
+            self._partial,
+            fps=self.fps,
+            codec="libx264",
+            quality=7,
+            macro_block_size=2,
+            ffmpeg_log_level="error",
+            output_params=["-threads", "1"],  # the cores are busy with simulators
         )
         return self
 

@@ -173,7 +173,7 @@ def run_jobs(
         if not jobs and idle:
             return
         if not pool.alive:
-            raise ChildProcessError("Simulator processes keep dying; their last words are above. `vla doctor` checks rendering.")
+            raise ChildProcessError("Simulator processes keep dying; see above. `vla doctor` checks rendering.")
         asked: list[tuple[int, Any]] = []
         for worker, message in pool.receive():
             match message:

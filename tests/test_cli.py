@@ -57,9 +57,8 @@ def yaml_file(tmp_path: Path) -> Path:
 def test_yaml_then_command_line(yaml_file: Path) -> None:
     from_file = Outer(Path("/data"), Inner(1e-4, (3, 4, 5)), table={"a": 1}, tasks=(0, 1))
     assert parse_config(Outer, [f"--config_path={yaml_file}"]) == from_file
-    changed = parse_config(
-        Outer, ["--config_path", str(yaml_file), "--inner.rate=3e-4", "--resume", "--minutes", "5", "--tasks=null", "--table={b: 2}"]
-    )
+    overrides = ["--inner.rate=3e-4", "--resume", "--minutes", "5", "--tasks=null", "--table={b: 2}"]
+    changed = parse_config(Outer, ["--config_path", str(yaml_file), *overrides])
     assert changed == Outer(Path("/data"), Inner(3e-4, (3, 4, 5)), 5.0, True, table={"a": 1, "b": 2})
 
 
@@ -175,7 +174,8 @@ def test_bench_lists_names_and_needs_a_checkout(
 
 
 def test_the_command_line_imports_nothing_heavy() -> None:
-    code = "import sys, vla.cli; vla.cli.overview(); print([m for m in ('torch', 'numpy', 'draccus', 'mujoco') if m in sys.modules])"
+    heavy = ("torch", "numpy", "draccus", "mujoco")
+    code = f"import sys, vla.cli; vla.cli.overview(); print([m for m in {heavy} if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 

@@ -152,7 +152,9 @@ def test_a_policy_of_another_robot_is_refused(tmp_path):
         run(settings(tmp_path / "run"), policy)
 
 
-@pytest.mark.parametrize("changes", [{"tasks": [3]}, {"tasks": []}, {"episodes": 0}, {"workers": 0}, {"max_batch": 0}, {"split": "test"}])
+@pytest.mark.parametrize(
+    "changes", [{"tasks": [3]}, {"tasks": []}, {"episodes": 0}, {"workers": 0}, {"max_batch": 0}, {"split": "test"}]
+)
 def test_impossible_settings_are_refused_before_anything_runs(tmp_path, changes: dict):
     with pytest.raises(ValueError):
         run(settings(tmp_path / "run", **changes))
@@ -227,7 +229,8 @@ def test_workers_end_when_their_parent_is_killed():
     """Even in the middle of a job that never looks at its pipe."""
     code = (
         "import time\nfrom sim.workers import WorkerPool\nfrom tests.point_world import sleep_forever\n"
-        "if __name__ == '__main__':\n    pool = WorkerPool(1, sleep_forever)\n    print(pool.receive()[0][1], flush=True)\n    time.sleep(60)"
+        "if __name__ == '__main__':\n    pool = WorkerPool(1, sleep_forever)\n"
+        "    print(pool.receive()[0][1], flush=True)\n    time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     child = int(parent.stdout.readline())

@@ -85,7 +85,7 @@ def test_errors_name_what_was_given() -> None:
         ImageConfig(brightness=1.0)
 
 
-def test_a_frame_costs_at_most_half_a_millisecond() -> None:
+def test_a_frame_costs_at_most_a_millisecond() -> None:
     images, generator = frames(32, 2, size=128), torch.Generator().manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -98,4 +98,4 @@ def test_a_frame_costs_at_most_half_a_millisecond() -> None:
     finally:
         torch.set_num_threads(threads)
     print(f"\n128-pixel frame with augmentation: {min(times):.3f} ms on one core")
-    assert min(times) < 0.5
+    assert min(times) < 1.0  # three times what a busy core takes

@@ -75,7 +75,7 @@ class _Statistics(torch.autograd.Function):
             )
         if ctx.plan.shard is not None and gradients.hidden is not None:
             gradients.hidden = sum_over_ranks(gradients.hidden, ctx.plan.shard.group)
-        return *_first_order(gradients.rounded(weight.dtype), (*upstream, hidden, weight)), None
+        return *first_order(gradients.rounded(weight.dtype), (*upstream, hidden, weight)), None
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -102,10 +102,10 @@ class _SummedLoss(torch.autograd.Function):
             else:  # consumed by an earlier backward: recompute
                 known, upstream = TokenStatistics(*rest[:4]), TokenStatistics(*(part * scale for part in rest[4:]))
                 gradients = ctx.plan.backend.gradients(hidden, weight, bias, ctx.plan.rows, known, upstream, ctx.needs)
-        return *_first_order(gradients.rounded(weight.dtype), (scale, hidden, weight)), None, None
+        return *first_order(gradients.rounded(weight.dtype), (scale, hidden, weight)), None, None
 
 
-def _first_order(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+def first_order(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Under create_graph=True, gradients whose own backward raises rather than being silently missing."""
     if not torch.is_grad_enabled():
         return gradients

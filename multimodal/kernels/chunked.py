@@ -2,8 +2,8 @@
 
 The row pass is pluggable (`RowPass`): plain torch (`logit_rows`) or a Triton kernel (`triton_kernels`)."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -73,6 +73,11 @@ class Chunked:
         step = -(-num_rows // count)
         return [slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step)]
 
+    def halved(self, hidden: Tensor) -> Self:
+        """The same with half the budget, for a caller who holds two chunks of logits at once."""
+        budget = LOGITS_BYTES.get(hidden.device.type, LOGITS_BYTES["cuda"]) if self.logits_bytes is None else self.logits_bytes
+        return replace(self, logits_bytes=budget // 2)
+
     def statistics(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *, keep_logits: bool
     ) -> tuple[TokenStatistics, Tensor | None]:
@@ -97,7 +102,7 @@ class Chunked:
     ) -> Gradients:
         """Push gradients towards the statistics back to the inputs. `logits`, if kept, are overwritten; else recomputed."""
         chunks = [slice(0, hidden.shape[0])] if logits is not None else self.chunks(hidden, weight, weight_gradient=needs.weight)
-        total = _Accumulator(hidden, weight, needs, num_chunks=len(chunks))
+        total = GradientSum(hidden, weight, needs, num_chunks=len(chunks))
         for chunk in chunks:
             dz = hidden[chunk] @ weight.T if logits is None else logits
             parts = (TokenStatistics(*(part[chunk] for part in each)) for each in (known, upstream))
@@ -110,7 +115,7 @@ class Chunked:
     ) -> tuple[TokenStatistics, Gradients]:
         """Statistics and gradients in one sweep of three GEMMs a chunk (6 n V D operations)."""
         chunks = self.chunks(hidden, weight, weight_gradient=needs.weight)
-        total, parts = _Accumulator(hidden, weight, needs, num_chunks=len(chunks)), []
+        total, parts = GradientSum(hidden, weight, needs, num_chunks=len(chunks)), []
         for chunk in chunks:
             dz = hidden[chunk] @ weight.T
             statistics, bias_gradient = self.row_pass.loss_gradient_(dz, bias, rows[chunk], row_loss.within(chunk))
@@ -119,7 +124,7 @@ class Chunked:
         return TokenStatistics(*(torch.cat(part) for part in zip(*parts, strict=True))), total.gradients
 
 
-class _Accumulator:
+class GradientSum:
     """Sums the chunks' gradients; a weight gradient of several chunks is summed in the accumulation dtype."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, needs: Needs, *, num_chunks: int):

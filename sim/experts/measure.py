@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from tqdm import tqdm
 
 from sim.environment import Environment
 from sim.experts.programs import NoisyExpert, build_expert
@@ -79,7 +80,9 @@ def attempt(environment: Environment, task: int, index: int, config: MeasureConf
 
 def measure(environment: Environment, config: MeasureConfig) -> list[Attempt]:
     """`config.episodes` attempts of every task, task by task, since a LIBERO model holds one task."""
-    return [attempt(environment, task, index, config) for task in config.task_list for index in range(config.episodes)]
+    jobs = [(task, index) for task in config.task_list for index in range(config.episodes)]
+    bar = tqdm(jobs, unit="episode", disable=None)  # shown on a terminal only
+    return [attempt(environment, task, index, config) for task, index in bar]
 
 
 def summary(attempts: Sequence[Attempt]) -> dict[str, float | int | list[float] | None]:
@@ -116,7 +119,7 @@ def table(results: dict, title: str) -> Table:
     """Success per task and over all with 95 % Wilson intervals; steps are those of solved episodes."""
     view = Table(title=title)
     view.add_column("task")
-    view.add_column("instruction", no_wrap=True, max_width=28)
+    view.add_column("instruction", no_wrap=True, max_width=24)
     for heading in ("success", "95 %", "steps", "most", "s"):
         view.add_column(heading, justify="right")
     rows = list(results["tasks"].items())
@@ -129,7 +132,7 @@ def table(results: dict, title: str) -> Table:
             name,
             row["instruction"],
             f"{row['successes']}/{row['episodes']}",
-            f"{100 * low:.0f}-{100 * high:.0f} %",
+            f"{100 * low:.0f}-{100 * high:.0f}",
             steps,
             str(row["max_steps"] or "-"),
             f"{row['wall_s']:.2f}",

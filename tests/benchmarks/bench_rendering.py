@@ -128,6 +128,7 @@ def main(argv: Sequence[str]) -> None:
     cpu_ratio = median_ratio(cpu_seconds["every step"], cpu_seconds["on demand"])
     columns = ("rendering", "episodes", "steps", "episodes per hour", "ms per step", "CPU ms per step")
     settings = {name: getattr(options, name) for name in ("suite", "task", "execution_horizon", "policy", "threads")}
-    report("rendering", columns, rows, options.output, ratio=ratio, cpu_ratio=cpu_ratio, goal=GOAL, image_size=image_size, **settings)
+    settings |= {"ratio": ratio, "cpu_ratio": cpu_ratio, "goal": GOAL, "image_size": image_size}
+    report("rendering", columns, rows, options.output, **settings)
     print(f"rendering on demand: {ratio:.2f} times the episodes per hour (median of paired ratios; goal {GOAL})")
     print(f"in CPU time, which other load on the machine does not change: {cpu_ratio:.2f} times")
