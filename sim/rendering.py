@@ -35,7 +35,7 @@ def choose_gl_backend() -> str:
     else:
         raise RuntimeError(
             "Cannot draw camera images: neither EGL nor OSMesa works here. Install one of them, on Debian or Ubuntu: "
-            "apt-get install libegl1 libgl1-mesa-dri   (EGL, preferred)   or   apt-get install libosmesa6."
+            "apt-get install libegl1 libgl1-mesa-dri libopengl0   (EGL, preferred)   or   apt-get install libosmesa6."
         )
     os.environ["MUJOCO_GL"] = backend
     os.environ.setdefault("PYOPENGL_PLATFORM", backend)
@@ -43,7 +43,9 @@ def choose_gl_backend() -> str:
 
 
 def egl_can_draw() -> bool:
-    """True if libEGL finds a device whose display initialises, i.e. the library and a driver are both installed."""
+    """True if libEGL finds a device whose display initialises, and PyOpenGL finds a GL library beside it."""
+    if not _loads("libOpenGL.so.0", "libGL.so.1"):  # without either, `import mujoco` fails under EGL
+        return False
     try:
         egl = ctypes.CDLL("libEGL.so.1")
     except OSError:
@@ -68,7 +70,12 @@ def egl_can_draw() -> bool:
 
 
 def osmesa_is_installed() -> bool:
-    for name in ("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so"):
+    return _loads("libOSMesa.so.8", "libOSMesa.so.6", "libOSMesa.so")
+
+
+def _loads(*libraries: str) -> bool:
+    """Whether one of these shared libraries can be loaded."""
+    for name in libraries:
         try:
             ctypes.CDLL(name)
         except OSError:
