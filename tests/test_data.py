@@ -6,7 +6,7 @@ import time
 import numpy as np
 import pytest
 
-from vla.data import ActionWindows, Prefetcher, WindowMixture, is_held_out
+from vla.data import ActionWindows, WindowMixture, is_held_out
 from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.interface import RobotSpec
 
@@ -178,15 +178,6 @@ def test_an_epoch_is_every_window_once(cache):
     assert not np.array_equal(epochs[0], epochs[1])
 
 
-def test_parts_of_a_batch_concatenate_to_the_batch(cache):
-    mixture = WindowMixture([ActionWindows(cache, H)])
-    whole = mixture.batch(5, batch_size=6, seed=0)
-    parts = [mixture.batch(5, batch_size=6, seed=0, part=(rank, 3)) for rank in range(3)]
-    np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), whole.images)
-    with pytest.raises(ValueError, match="does not divide"):
-        mixture.batch(0, batch_size=6, seed=0, part=(0, 4))
-
-
 def test_a_mixture_keeps_its_shares_and_covers_every_source(tmp_path):
     sources = [ActionWindows(write(tmp_path / str(k), offset=10 * k), H) for k in range(2)]
     mixture = WindowMixture(sources, weights=[3, 1])
@@ -208,21 +199,3 @@ def test_mixture_refuses_sources_that_do_not_fit(cache):
 
 
 # -------------------------------------------------------------------------------------------------------------- prefetch
-
-
-def test_prefetched_values_equal_the_source_in_any_order():
-    with Prefetcher(lambda step: step * step, depth=3) as squares:
-        assert [squares(step) for step in (0, 1, 2, 7, 8, 3, 3, 4)] == [0, 1, 4, 49, 64, 9, 9, 16]
-
-
-def test_a_prefetched_exception_is_raised_at_its_step():
-    def source(step: int) -> int:
-        if step == 2:
-            raise OSError("disk gone")
-        return step
-
-    with Prefetcher(source) as values:
-        assert [values(0), values(1)] == [0, 1]
-        time.sleep(0.05)
-        with pytest.raises(OSError, match="disk gone"):
-            values(2)

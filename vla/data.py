@@ -1,14 +1,11 @@
 """Windows of a frame cache, and batches of them that are a pure function of (seed, step). numpy only.
 
 Nothing here has a position to save: `WindowMixture.batch(step, ...)` answers for any step, so a resumed run sees the
-batches of the uninterrupted one, bit for bit, and `Prefetcher` may compute them ahead in a thread.
+batches of the uninterrupted one, bit for bit, and the training loop may compute them ahead in a thread.
 """
 
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from queue import Full, Queue
-from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -16,7 +13,6 @@ from vla.frame_cache import FrameCache
 from vla.normalization import Statistics
 
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,13 +131,9 @@ class WindowMixture:
         decks = {epoch: self._deck(int(epoch), seed) for epoch in np.unique(epochs)}
         return np.array([decks[epoch][row] for epoch, row in zip(epochs, position % len(self), strict=True)])
 
-    def batch(self, step: int, *, batch_size: int, seed: int, part: tuple[int, int] = (0, 1)) -> Batch:
-        """The batch of one step; part = (rank, count) gives one process its equal, contiguous share of it."""
-        rank, count = part
-        if batch_size % count:
-            raise ValueError(f"batch_size {batch_size} does not divide among {count} processes.")
-        share = batch_size // count
-        return self.gather(self.indices(step, batch_size=batch_size, seed=seed)[rank * share : (rank + 1) * share])
+    def batch(self, step: int, *, batch_size: int, seed: int) -> Batch:
+        """The batch of one step."""
+        return self.gather(self.indices(step, batch_size=batch_size, seed=seed))
 
     def gather(self, indices: np.ndarray) -> Batch:
         """The windows with global indices [B]: source 0's first, then source 1's, and so on."""
@@ -179,64 +171,3 @@ class WindowMixture:
         stream = [np.random.default_rng([seed, k, number]).permutation(size) for number in passes]
         first = start - passes.start * size
         return np.concatenate(stream)[first : first + count] if stream else np.empty(0, dtype=np.int64)
-
-
-class Prefetcher(Generic[T]):
-    """`source(step)` computed a few steps ahead in a thread; the same values, only earlier.
-
-        with Prefetcher(lambda step: mixture.batch(step, batch_size=64, seed=0)) as batches:
-            batch = batches(step)
-
-    Steps asked in order are served from the queue; any other step restarts the thread there. An exception of the source
-    is raised at the step it belongs to.
-    """
-
-    def __init__(self, source: Callable[[int], T], depth: int = 2) -> None:
-        self._source, self._depth = source, depth
-        self._next_step = -1
-        self._stop: threading.Event | None = None
-
-    def __call__(self, step: int) -> T:
-        if self._stop is None or step != self._next_step:
-            self.close()
-            self._stop, self._queue = threading.Event(), Queue(self._depth)
-            arguments = (self._source, step, self._queue, self._stop)
-            self._thread = threading.Thread(target=_produce, args=arguments, daemon=True)
-            self._thread.start()
-        self._next_step = step + 1
-        value, error = self._queue.get()
-        if error is not None:
-            self.close()
-            raise error
-        return value
-
-    def close(self) -> None:
-        """Stop the thread; a later call starts a new one."""
-        if self._stop is not None:
-            self._stop.set()
-            self._thread.join()
-            self._stop = None
-
-    def __enter__(self) -> "Prefetcher[T]":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _produce(source: Callable[[int], T], step: int, queue: Queue, stop: threading.Event) -> None:
-    """Put (value, None) per step, or (None, error) once, until stopped."""
-    while not stop.is_set():
-        try:
-            item = (source(step), None)
-        except Exception as error:  # handed to the caller, who raises it
-            item = (None, error)
-        while not stop.is_set():
-            try:
-                queue.put(item, timeout=0.05)
-                break
-            except Full:
-                continue
-        if item[1] is not None:
-            return
-        step += 1

@@ -1,6 +1,5 @@
 """A vocabulary split over ranks: each rank reduces its own columns, two all-reduces join the statistics."""
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 

@@ -96,7 +96,8 @@ def statistics_kernel(
     partial_ptr,  # ACC [4, splits, n]: target_logit, lse, entropy, sum of logits
     softcap, num_rows, num_classes, width, K, split_size,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1).to(tl.int64)
@@ -180,7 +181,8 @@ def hidden_gradient_kernel(
     gradient_ptr,  # ACC [n, D], zeroed
     softcap, num_rows, num_classes, width, K, filter_epsilon,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for first in range(0, num_classes, COLUMNS):
@@ -212,7 +214,8 @@ def weight_gradient_kernel(
     bias_gradient_ptr,  # ACC [V]
     softcap, num_rows, num_classes, width, K, filter_epsilon,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SLAB: tl.constexpr,
+    HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SLAB: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     slab = tl.program_id(1) * SLAB + tl.arange(0, SLAB)
