@@ -191,6 +191,9 @@ class LiberoEnvironment:
             environment = envs.TASK_MAPPING[problem](
                 str(bddl), robots=["Panda"], initialization_noise=None, horizon=1000, **make_options()
             )
+        # LIBERO registers its samplers of open and closed joints again when it rebuilds the model on reset, and so draws
+        # them twice in a task's first episode; done here too, the fixtures drawn after them are LIBERO's.
+        environment.object_property_initializers *= 2
         objects = {**environment.objects_dict, **environment.fixtures_dict}
         self._arm = Arm(
             environment,

@@ -14,6 +14,7 @@ def test_collect_train_evaluate_on_lift(tmp_path):
     assert cli([*train, "--training.batch_size=8", "--training.device=cpu", f"--output_dir={run}"]) == 0
     assert (run / "training_curve.png").exists()
     evaluate = ["eval", f"--policy.path={run / 'checkpoints/last/policy'}", "--episodes=2", "--workers=1", "--max_steps=16"]
+    evaluate += ["--execution_horizon=8"]
     assert cli([*evaluate, "--videos=1", f"--output_dir={evaluation}"]) == 0
     rows = [json.loads(line) for line in (evaluation / "episodes.jsonl").read_text().splitlines()]
     assert [row["episode"] for row in rows] == [0, 1] and not any(row["error"] for row in rows)
