@@ -144,7 +144,7 @@ def success_table(rows: Sequence[EpisodeRow], title: str) -> Table:
     """
     table = Table(title=title)
     table.add_column("task", no_wrap=True)
-    table.add_column("instruction", overflow="ellipsis", no_wrap=True, min_width=10)
+    table.add_column("instruction")  # the one that wraps where the terminal is narrow
     for heading in ("solved", "%", "95 %", "err", "steps", "rounds", "ms", "s"):
         table.add_column(heading, justify="right", no_wrap=True)
     by_task = _group_by_task(rows)

@@ -132,3 +132,7 @@ def main(argv: Sequence[str]) -> None:
     report("rendering", columns, rows, options.output, **settings)
     print(f"rendering on demand: {ratio:.2f} times the episodes per hour (median of paired ratios; goal {GOAL})")
     print(f"in CPU time, which other load on the machine does not change: {cpu_ratio:.2f} times")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
