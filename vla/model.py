@@ -37,7 +37,10 @@ class VLAConfig:
         return self.num_action_ids
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """Plain dicts, lists and numbers, as YAML writes them."""
+        values = asdict(self)
+        values["vlm"]["decoder"]["rotary_sections"] = list(self.vlm.decoder.rotary_sections)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VLAConfig":

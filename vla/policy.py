@@ -55,7 +55,6 @@ class PolicyAssets:
             "decode": asdict(self.decode),
             "images": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.images).items()},
         }
-        config["model"]["vlm"]["decoder"]["rotary_sections"] = list(self.model.vlm.decoder.rotary_sections)
         blobs = {
             "schema.json": json.dumps(self.spec.to_dict(), indent=2),
             "statistics.json": self.statistics.to_json(),
