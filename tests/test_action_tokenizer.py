@@ -34,6 +34,16 @@ def test_roundtrip_error_is_at_most_half_a_bin():
     assert (error <= TOKENIZER.width / 2 + 1e-7).all()
 
 
+def test_unit_values_lie_in_their_range_and_come_back():
+    actions = sample((200, 8))
+    unit = TOKENIZER.to_unit(actions)
+    assert np.abs(unit).max() <= 1.0 + 1e-6 and (np.abs(unit[..., 6]) == 1.0).all()
+    np.testing.assert_allclose(TOKENIZER.from_unit(unit), actions, atol=1e-6)
+    assert (TOKENIZER.to_unit(np.zeros(7))[[0, 1, 5]] == 0.0).all()
+    outside = TOKENIZER.from_unit(np.full(7, 9.0))
+    np.testing.assert_allclose(outside, np.array(TOKENIZER.high), atol=1e-6)
+
+
 def test_zero_motion_is_exactly_zero_and_the_middle_id():
     ids = TOKENIZER.encode(np.zeros(7))
     decoded = TOKENIZER.decode_ids(ids)

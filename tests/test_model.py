@@ -2,15 +2,18 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from multimodal.attention import KVCache, block_mask, causal_mask, prefix_mask, tree_mask
 from multimodal.config import DecoderConfig, get_preset
 from multimodal.decoder import Decoder, arange_positions
+from vla.action_head import HEAD_TYPES, ActionBatch, HeadConfig, KnownActions
 from vla.action_tokenizer import ActionTokenizer
+from vla.continuous_heads import draw_times
 from vla.decoding import DecodeConfig
-from vla.heads import HEADS, ActionBatch, HeadConfig, build_head
+from vla.heads import HEADS, build_head
 from vla.model import VLA, VLAConfig
 
 TOKENIZER = ActionTokenizer(low=(-1.0, -0.5, 0.0), high=(1.0, 0.25, 0.0), bins=(15, 15, 15), binary=(2,))
@@ -28,10 +31,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def build_model(seed: int = 0) -> VLA:
+def build_model(seed: int = 0, slots: str = "tokens") -> VLA:
     torch.manual_seed(seed)
     vlm = replace(get_preset("debug"), vocab_size=20)
-    config = VLAConfig(vlm=vlm, text_length=6, action_horizon=4, action_dim=3, num_action_ids=TOKENIZER.vocab_size)
+    config = VLAConfig(
+        vlm=vlm, text_length=6, action_horizon=4, action_dim=3, num_action_ids=TOKENIZER.vocab_size, slots=slots
+    )
     model = VLA(config).eval()
     for parameter in model.parameters():  # away from the tame initialisation, so that an error shows
         parameter.data.mul_(2.0)
@@ -143,19 +148,23 @@ def test_gradients_through_the_cache_equal_those_of_the_uncached_path():
     torch.testing.assert_close(grads[0], grads[1], atol=2e-3, rtol=1e-3)
 
 
+def action_batch(actions: np.ndarray, is_pad: torch.Tensor) -> ActionBatch:
+    encoders = (TOKENIZER.encode, TOKENIZER.coordinates, TOKENIZER.to_unit)
+    return ActionBatch(*(torch.as_tensor(encode(actions)) for encode in encoders), is_pad)
+
+
 @pytest.mark.parametrize("head_type", HEADS)
-def test_every_head_trains_and_decodes_only_allowed_tokens(head_type):
-    model = build_model().train()
+def test_every_head_trains_and_its_chunks_lie_within_the_data_and_continue_known_actions(head_type):
+    model = build_model(slots=HEADS[head_type].slots).train()
     head = build_head(HeadConfig(type=head_type, mask_draws=3), TOKENIZER)
-    actions = torch.rand(3, 4, 3, generator=torch.Generator().manual_seed(0)) - 0.5
-    tokens = torch.as_tensor(TOKENIZER.encode(actions.numpy()))
+    actions = np.random.default_rng(0).uniform([-1.0, -0.5, -1.0], [1.0, 0.25, 1.0], size=(3, 4, 3)) * [0.5, 0.5, 1.0]
     is_pad = torch.zeros(3, 4, dtype=torch.bool)
     is_pad[0, 2:] = True
-    batch = ActionBatch(tokens, torch.as_tensor(TOKENIZER.coordinates(actions.numpy())), is_pad)
+    batch = action_batch(actions, is_pad)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     losses = []
-    for _ in range(20):
+    for _ in range(30):
         loss = head.loss(model, model.prefill(*model.embed_prefix(*inputs())), batch, generator)
         optimizer.zero_grad()
         (loss.loss_sum / loss.normalizer).backward()
@@ -163,29 +172,74 @@ def test_every_head_trains_and_decodes_only_allowed_tokens(head_type):
         losses.append(float(loss.loss_sum.detach()) / loss.normalizer)
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     model.eval()
-    known = tokens.flatten(1)
-    is_known = torch.zeros(3, 12, dtype=torch.bool)
-    is_known[1, :3] = True
+    is_known = np.zeros((3, 4), dtype=bool)
+    is_known[1, :2] = True
+    known = KnownActions(actions.astype(np.float32) * is_known[..., None], is_known)
     with torch.no_grad():
         prefix = model.prefill(*model.embed_prefix(*inputs()))
-        decoded = head.decode(model, prefix, known, is_known, DecodeConfig(rounds=3), [0, 0, 0])
-    TOKENIZER.decode_ids(decoded.tokens.view(3, 4, 3))  # raises on an id its dimension cannot take
-    assert torch.equal(decoded.tokens[is_known], known[is_known])
+        decision = head.act(model, prefix, known, DecodeConfig(rounds=3), [0, 0, 0])
+        again = head.act(model, prefix, known, DecodeConfig(rounds=3), [0, 0, 0])
+    assert (decision.actions >= np.array(TOKENIZER.low) - [0, 0, 1]).all()
+    assert (decision.actions <= np.array(TOKENIZER.high) + [0, 0, 1]).all()
+    assert set(np.unique(decision.actions[..., 2])) <= {-1.0, 1.0}
+    half_bin = np.array([*(TOKENIZER.width[:2] / 2), 0.0])
+    assert (np.abs(decision.actions - TOKENIZER.from_unit(TOKENIZER.to_unit(actions)))[is_known] <= half_bin + 1e-6).all()
+    np.testing.assert_array_equal(decision.actions, again.actions)
 
 
 @pytest.mark.parametrize("head_type", HEADS)
-def test_padded_steps_and_known_steps_do_not_reach_the_loss(head_type):
-    model = build_model()
+def test_padded_steps_do_not_reach_the_loss(head_type):
+    model = build_model(slots=HEADS[head_type].slots)
     head = build_head(HeadConfig(type=head_type, mask_draws=2, replace_visible=0.0, known_prefix=0.0), TOKENIZER)
     is_pad = torch.ones(3, 4, dtype=torch.bool)
     is_pad[:2, :2] = False  # row 2 is padding altogether
-    tokens = torch.as_tensor(TOKENIZER.encode(torch.zeros(3, 4, 3).numpy()))
     prefix = model.prefill(*model.embed_prefix(*inputs()))
-    loss = head.loss(model, prefix, ActionBatch(tokens, torch.zeros(3, 4, 3), is_pad), torch.Generator().manual_seed(0))
+    actions = np.zeros((3, 4, 3))
+    loss = head.loss(model, prefix, action_batch(actions, is_pad), torch.Generator().manual_seed(0))
     loss.loss_sum.backward()
     assert torch.isfinite(loss.loss_sum) and loss.normalizer <= 4
-    grad = model.action_head.weight.grad
-    assert torch.isfinite(grad).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("head_type", ["parallel", "autoregressive", "l1"])
+def test_what_padded_steps_hold_changes_nothing(head_type):
+    model = build_model(slots=HEADS[head_type].slots)
+    head = build_head(HeadConfig(type=head_type, known_prefix=0.0), TOKENIZER)
+    is_pad = torch.arange(4).expand(3, 4) >= 2
+    prefix = model.prefill(*model.embed_prefix(*inputs()))
+    actions = np.random.default_rng(0).uniform(-0.5, 0.2, size=(3, 4, 3)) * [1, 1, 0]
+    changed = np.where(is_pad.numpy()[..., None], 0.1, actions)
+    losses = [
+        head.loss(model, prefix, action_batch(values, is_pad), torch.Generator().manual_seed(0)).loss_sum
+        for values in (actions, changed)
+    ]
+    torch.testing.assert_close(*losses)
+
+
+def test_an_euler_step_of_the_true_velocity_lands_on_the_actions():
+    head = build_head(HeadConfig(type="flow"), TOKENIZER)
+    target = torch.rand(2, 4, 3) * 2 - 1
+
+    class Oracle:
+        """Knows where the straight path leads: from x at time t, the velocity is (a - x) / (1 - t)."""
+
+        def predict_steps(self, values, times, prefix):
+            return (target - values) / (1 - times[..., None]).clamp_min(1e-6)
+
+    none = torch.zeros(2, 4, dtype=torch.bool)
+    values, rounds = head.predict(Oracle(), None, torch.zeros(2, 4, 3), none, DecodeConfig(rounds=5), [0, 1])
+    torch.testing.assert_close(values, target, atol=1e-5, rtol=1e-5)
+    assert rounds == 5
+
+
+def test_flow_times_favour_noise_as_pi0_does():
+    noise_level = 1 - draw_times(20_000, torch.Generator().manual_seed(0))
+    assert abs(float(noise_level.mean()) - 0.6) < 0.01  # mean of Beta(1.5, 1)
+    assert 0 <= float(noise_level.min()) and float(noise_level.max()) <= 1
+
+
+def test_the_names_of_heads_are_those_the_config_allows():
+    assert tuple(HEADS) == HEAD_TYPES
 
 
 def test_a_config_survives_its_dictionary():

@@ -14,7 +14,8 @@ from multimodal.training import TrainingConfig
 from tests.reaching import SPEC, write_cache
 from vla.cli import main as cli
 from vla.frame_cache import FrameCache
-from vla.heads import HEADS, HeadConfig
+from vla.action_head import HeadConfig
+from vla.heads import HEADS
 from vla.interface import Observation
 from vla.policy import load_policy
 from vla.train import DatasetConfig, ModelConfig, TrainConfig, finished_policy, train_policy

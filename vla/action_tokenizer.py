@@ -164,6 +164,24 @@ class ActionTokenizer:
         values[..., list(self.binary)] = np.nan
         return values.astype(np.float32)
 
+    def to_unit(self, actions: np.ndarray) -> np.ndarray:
+        """Raw actions [..., D] -> float32 [..., D] in [-1, 1], what continuous heads predict; clipped like `encode`.
+
+        Zero at the middle bin, one at the farther of the range's ends; a binary dimension is -1 or +1.
+        """
+        values = (self.coordinates(actions) - (self.num_bins - 1) // 2) / ((np.array(self.bins, dtype=np.float32) - 1) / 2)
+        for dim in self.binary:
+            values[..., dim] = np.where(np.asarray(actions)[..., dim] > 0, 1.0, -1.0)
+        return values
+
+    def from_unit(self, values: np.ndarray) -> np.ndarray:
+        """Inverse of `to_unit` within the range, to which it clips; a binary dimension takes its sign. float32 [..., D]."""
+        values = _to_numpy(values, "double")
+        actions = np.clip(self.offset + values * self.width * (np.array(self.bins) - 1) / 2, self.low, self.high)
+        for dim in self.binary:
+            actions[..., dim] = np.where(values[..., dim] > 0, 1.0, -1.0)
+        return actions.astype(np.float32)
+
     def decode_ids(self, ids: np.ndarray) -> np.ndarray:
         """Bin centers float32 [..., D] of ids [..., D]. Raises ValueError on an id its dimension cannot take."""
         ids = _to_numpy(ids, "long")

@@ -29,7 +29,7 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded batch. Probabilities are those a slot's token was committed with; one-hot at known slots."""
+    """A decoded batch of tokens. Probabilities are those a slot's token was committed with; one-hot at known slots."""
 
     tokens: Tensor  # int64 [B, L]
     probs: Tensor  # float32 [B, L, V]

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import KVCache, causal_mask, key_padding_mask
-from multimodal.config import DecoderConfig, VisionConfig, VLMConfig
+from multimodal.config import DecoderConfig, VisionConfig, VLMConfig, check_choice
 from multimodal.decoder import arange_positions, initialise
 from multimodal.vlm import VLM
+from vla.step_slots import StepSlots
+
+SLOTS = ("tokens", "steps")
 
 
 @dataclass(frozen=True)
@@ -27,9 +30,14 @@ class VLAConfig:
     action_horizon: int = 8
     action_dim: int = 7
     num_action_ids: int = 257
+    slots: str = "tokens"  # tokens: H x D slots of one token each; steps: H slots of one action vector each
+
+    def __post_init__(self) -> None:
+        check_choice("VLAConfig", "slots", self.slots, SLOTS)
 
     @property
     def num_slots(self) -> int:
+        """Token slots, H x D."""
         return self.action_horizon * self.action_dim
 
     @property
@@ -78,7 +86,7 @@ class Prefix:
 
 
 class VLA(nn.Module):
-    """Action slots of [H, D] flattened step by step, same-position prediction (no shift)."""
+    """Action slots after an encoded prefix, same-position prediction (no shift): tokens step by step, or whole steps."""
 
     def __init__(self, config: VLAConfig) -> None:
         super().__init__()
@@ -86,13 +94,15 @@ class VLA(nn.Module):
         self.vlm = VLM(config.vlm)
         width = config.vlm.decoder.hidden_size
         self.state_projector = nn.Linear(config.state_dim, width)
+        initialise(self.state_projector)
+        if config.slots == "steps":
+            self.step_slots = StepSlots(config.action_horizon, config.action_dim, width)
+            return
         self.action_embedding = nn.Embedding(config.num_action_ids + 1, width)  # the last row is the trainable mask
         self.step_embedding = nn.Embedding(config.action_horizon, width)
         self.dim_embedding = nn.Embedding(config.action_dim, width)
         self.action_head = nn.Linear(width, config.num_action_ids, bias=False)
-        for module in (
-            self.state_projector, self.action_embedding, self.step_embedding, self.dim_embedding, self.action_head
-        ):  # fmt: skip
+        for module in (self.action_embedding, self.step_embedding, self.dim_embedding, self.action_head):
             initialise(module)
 
     @property
@@ -134,9 +144,17 @@ class VLA(nn.Module):
 
     def action_hidden(self, tokens: Tensor, prefix: Prefix) -> Tensor:
         """One round: all slots [B, L] see the prefix and each other. Leaves the prefix as it is. [B, L, width]"""
-        batch, num_slots = tokens.shape
-        positions = arange_positions(batch, self.prefix_length, num_slots, tokens.device)
-        return self.vlm.decoder(self.embed_slots(tokens), prefix.mask(num_slots), positions, prefix.cache.view())
+        return self.slots_hidden(self.embed_slots(tokens), prefix)
+
+    def predict_steps(self, values: Tensor, times: Tensor, prefix: Prefix) -> Tensor:
+        """One pass of a continuous head: values [B, H, D] at times [B, H] -> a prediction per step [B, H, D], float32."""
+        hidden = self.slots_hidden(self.step_slots(values, times), prefix)
+        return self.step_slots.predict(hidden).float()
+
+    def slots_hidden(self, slots: Tensor, prefix: Prefix) -> Tensor:
+        """Embedded slots [B, L, width] see the prefix and each other: hidden states [B, L, width]."""
+        positions = arange_positions(slots.shape[0], self.prefix_length, slots.shape[1], slots.device)
+        return self.vlm.decoder(slots, prefix.mask(slots.shape[1]), positions, prefix.cache.view())
 
     def action_hidden_uncached(self, tokens: Tensor, embeddings: Tensor, is_real: Tensor) -> Tensor:
         """The definition of `action_hidden`: prefix and slots in one pass, the prefix blind to the slots."""

@@ -16,9 +16,10 @@ from torch import Tensor
 from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
 from multimodal.images import ImageConfig, prepare_images
 from multimodal.tokenizer import TextTokenizer
+from vla.action_head import HeadConfig, KnownActions
 from vla.action_tokenizer import ActionTokenizer
 from vla.decoding import DecodeConfig
-from vla.heads import HeadConfig, build_head
+from vla.heads import build_head
 from vla.interface import ActionChunk, Observation, RobotSpec
 from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
@@ -108,22 +109,19 @@ class TorchPolicy:
         known: Sequence[np.ndarray | None] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[ActionChunk]:
-        """See `vla.interface.Policy.act`. info: rounds, confidence [H, D], milliseconds of the whole batch."""
+        """See `vla.interface.Policy.act`. info: rounds, confidence [H, D] (token heads), milliseconds of the whole batch."""
         start = time.perf_counter()
-        known_tokens, is_known = self._known_tokens(known or [None] * len(observations))
+        given = self._known_actions(known or [None] * len(observations))
         prefix = self.model.prefill(*self.embed(observations))
         seeds = list(seeds or [0] * len(observations))
-        decoded = self.head.decode(self.model, prefix, known_tokens, is_known, self.assets.decode, seeds)
-        shape = (len(observations), self.action_horizon, self.spec.action_dim)
-        tokens = decoded.tokens.view(shape).cpu().numpy()
-        actions = self.assets.action_tokenizer.decode_expectation(decoded.probs.view(*shape, -1).cpu().numpy(), tokens)
-        confidence = decoded.confidence.view(shape).cpu().numpy()
+        decision = self.head.act(self.model, prefix, given, self.assets.decode, seeds)
+        actions = np.where(given.is_known[..., None], given.actions, decision.actions)  # what was promised, not its bin centre
         milliseconds = 1e3 * (time.perf_counter() - start)
         chunks = []
         for row, chunk in enumerate(actions):
-            if known is not None and known[row] is not None:
-                chunk[: len(known[row])] = known[row]  # what was promised, not its bin centre
-            info = {"rounds": int(decoded.rounds[row]), "confidence": confidence[row], "milliseconds": milliseconds}
+            info = {"rounds": int(decision.rounds[row]), "milliseconds": milliseconds}
+            if decision.confidence is not None:
+                info["confidence"] = decision.confidence[row]
             chunks.append(ActionChunk(chunk, info))
         return chunks
 
@@ -138,21 +136,21 @@ class TorchPolicy:
             prepare_images(images, self.assets.images), state, ids.to(self.device), mask.to(self.device)
         )
 
-    def _known_tokens(self, known: Sequence[np.ndarray | None]) -> tuple[Tensor, Tensor]:
-        """Tokens int64 [B, L] of the known actions, and where they are."""
-        shape = (len(known), self.action_horizon, self.spec.action_dim)
-        tokens, is_known = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=bool)
-        for row, actions in enumerate(known):
-            if actions is None:
+    def _known_actions(self, known: Sequence[np.ndarray | None]) -> KnownActions:
+        """The known beginnings padded to whole chunks."""
+        actions = np.zeros((len(known), self.action_horizon, self.spec.action_dim), dtype=np.float32)
+        is_known = np.zeros(actions.shape[:2], dtype=bool)
+        for row, given in enumerate(known):
+            if given is None:
                 continue
-            if actions.ndim != 2 or actions.shape[1] != self.spec.action_dim or len(actions) > self.action_horizon:
+            if given.ndim != 2 or given.shape[1] != self.spec.action_dim or len(given) > self.action_horizon:
                 raise ValueError(
-                    f"Known actions have shape {actions.shape}; expected [k, {self.spec.action_dim}] with "
+                    f"Known actions have shape {given.shape}; expected [k, {self.spec.action_dim}] with "
                     f"k <= {self.action_horizon}."
                 )
-            tokens[row, : len(actions)] = self.assets.action_tokenizer.encode(actions)
-            is_known[row, : len(actions)] = True
-        return torch.as_tensor(tokens).flatten(1).to(self.device), torch.as_tensor(is_known).flatten(1).to(self.device)
+            actions[row, : len(given)] = given
+            is_known[row, : len(given)] = True
+        return KnownActions(actions, is_known)
 
 
 def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any] | None = None) -> TorchPolicy:

@@ -17,12 +17,13 @@ from multimodal.tokenizer import train_tokenizer
 from multimodal.schedule import progress
 from multimodal.training import LossTerms, TrainingConfig, train
 from multimodal.training_state import last_checkpoint, read_position
+from vla.action_head import ActionBatch, HeadConfig
 from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
 from vla.cli import parse_config
 from vla.data import ActionWindows, Batch, WindowMixture
 from vla.decoding import DecodeConfig
 from vla.frame_cache import FrameCache
-from vla.heads import ActionBatch, HeadConfig, build_head
+from vla.heads import HEADS, build_head
 from vla.home import remask_home
 from vla.interface import Observation
 from vla.model import VLA, VLAConfig
@@ -85,6 +86,7 @@ def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
         action_horizon=config.model.action_horizon,
         action_dim=spec.action_dim,
         num_action_ids=action_tokenizer.vocab_size,
+        slots=HEADS[config.head.type].slots,
     )
     provenance = {
         "datasets": [source.cache.root.name for source in mixture.sources],
@@ -122,13 +124,14 @@ class Collator:
         ids, mask = self.assets.text_tokenizer.encode_batch(inputs.instructions, self.assets.model.text_length)
         tokens = torch.as_tensor(self.assets.action_tokenizer.encode(batch.actions))
         values = torch.as_tensor(self.assets.action_tokenizer.coordinates(batch.actions))
+        unit = torch.as_tensor(self.assets.action_tokenizer.to_unit(batch.actions))
         move = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
         return PolicyBatch(
             images=move(torch.as_tensor(inputs.images)),
             state=move(torch.as_tensor(inputs.state)),
             text_ids=move(ids),
             text_mask=move(mask),
-            target=ActionBatch(move(tokens), move(values), move(torch.as_tensor(batch.is_pad))),
+            target=ActionBatch(move(tokens), move(values), move(unit), move(torch.as_tensor(batch.is_pad))),
         )
 
 

@@ -1,4 +1,4 @@
-"""Heads on one backbone: discrete diffusion, parallel, autoregressive; same data, same budget, same validation starts.
+"""Heads on one backbone: three over tokens, L1 regression, flow matching; same data, same budget, same validation starts.
 
 Each arm is one `vla train` process with one thread; `--concurrent` of them train at the same time, so that the machine's
 other load hits them alike. Then each policy is evaluated on the same validation starts. Finished parts are kept, and a
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from sim.results import read_episodes, wilson
 from tests.benchmarks.harness import parser, report
+from vla.action_head import HEAD_TYPES
 from vla.home import remask_home
 
-HEADS = ("discrete_diffusion", "parallel", "autoregressive")
 VLA = [sys.executable, "-m", "vla.cli"]
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--minutes", type=float, default=20, help="training budget of an arm, wall clock")
     arguments.add_argument("--episodes", type=int, default=100, help="validation episodes of an arm, over all its tasks")
     arguments.add_argument("--concurrent", type=int, default=1, help="arms trained at the same time")
-    arguments.add_argument("--heads", nargs="+", default=list(HEADS), choices=HEADS)
+    arguments.add_argument("--heads", nargs="+", default=list(HEAD_TYPES), choices=HEAD_TYPES)
     options = arguments.parse_args(argv)
     root = remask_home() / "bench" / f"heads-{options.suite}-{options.minutes:g}min"
     for first in range(0, len(options.heads), options.concurrent):
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
         if failed:
             raise ChildProcessError(f"training of {failed} failed; see its output above.")
     rows = [arm(head, root, options) for head in options.heads]
-    columns = ["head", "success %", "95 % low", "95 % high", "n", "ms per chunk", "rounds", "steps trained", "held-out error"]
+    columns = ["head", "success %", "95 % low", "95 % high", "n", "ms per chunk", "rounds", "jerk", "steps trained", "held-out error"]
     report(
         f"heads-{options.suite}", columns, rows, options.output,
         minutes=options.minutes, concurrent=options.concurrent, tasks=options.tasks,
@@ -86,6 +86,7 @@ def arm(head: str, root: Path, options: argparse.Namespace) -> list:
         head, 100 * successes / len(rows), 100 * low, 100 * high, len(rows),
         statistics.median(row.policy_ms for row in rows if row.policy_ms is not None),
         statistics.mean(row.rounds for row in rows if row.rounds is not None),
+        statistics.mean(row.jerk for row in rows if row.jerk is not None),
         log[-1]["step"], errors[-1] if errors else float("nan"),
     ]  # fmt: skip
 

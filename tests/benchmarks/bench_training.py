@@ -17,7 +17,8 @@ from multimodal.config import get_preset
 from multimodal.images import ImageConfig, prepare_images
 from tests.benchmarks.harness import interleaved, median_ratio, parser, quiet_machine, report
 from vla.action_tokenizer import ActionTokenizer
-from vla.heads import ActionBatch, HeadConfig, build_head
+from vla.action_head import ActionBatch, HeadConfig
+from vla.heads import build_head
 from vla.model import VLA, VLAConfig
 
 TOKENIZER = ActionTokenizer(low=(-1.0,) * 7, high=(1.0,) * 7, bins=(255,) * 7, binary=(6,))
@@ -71,7 +72,8 @@ def build_step(batch_size: int, *, precision: str, draws: int, share_prefix: boo
     state, text = torch.randn(batch_size, 8), torch.zeros(batch_size, config.text_length, dtype=torch.long)
     tokens = torch.randint(0, 255, (batch_size, 8, 7), generator=generator)
     tokens[..., 6] = 255
-    target = ActionBatch(tokens, torch.zeros(batch_size, 8, 7), torch.zeros(batch_size, 8, dtype=torch.bool))
+    zeros = torch.zeros(batch_size, 8, 7)
+    target = ActionBatch(tokens, zeros, zeros, torch.zeros(batch_size, 8, dtype=torch.bool))
     sdpa = replace_attention(attention)
 
     def step() -> None:

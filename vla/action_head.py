@@ -1,0 +1,91 @@
+"""What an action head is: it owns its training loss and its decoding; tokens, data, trainer and backbone are shared.
+
+So a comparison of heads compares nothing else. The heads themselves: vla/token_heads.py, vla/continuous_heads.py; the table of
+them: vla/heads.py.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multimodal.config import check_choice
+from vla.decoding import DecodeConfig
+from vla.model import VLA, Prefix
+
+HEAD_TYPES = ("discrete_diffusion", "parallel", "autoregressive", "l1", "flow")
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """Which head, and what its training sees."""
+
+    type: str = "discrete_diffusion"  # discrete_diffusion | parallel | autoregressive | l1 | flow
+    mask_draws: int = 4  # discrete diffusion, flow: corruptions trained per encoded prefix
+    replace_visible: float = 0.1  # discrete diffusion: share of visible tokens made wrong, and supervised
+    known_prefix: float = 0.25  # probability that a chunk's first steps are given, as when continuing a running chunk
+    max_known_steps: int = 4
+
+    def __post_init__(self) -> None:
+        check_choice("HeadConfig", "type", self.type, HEAD_TYPES)
+        if self.mask_draws < 1:
+            raise ValueError(f"HeadConfig.mask_draws is {self.mask_draws}; at least one corruption per prefix is needed.")
+
+
+@dataclass(frozen=True)
+class ActionBatch:
+    """Targets of a training batch."""
+
+    tokens: Tensor  # int64 [B, H, D]
+    values: Tensor  # float32 [B, H, D], unrounded ids (ActionTokenizer.coordinates)
+    unit: Tensor  # float32 [B, H, D] in [-1, 1] (ActionTokenizer.to_unit)
+    is_pad: Tensor  # bool [B, H], steps after the episode's end
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """A loss to be divided by the global sum of `normalizer`."""
+
+    loss_sum: Tensor
+    normalizer: int
+
+
+@dataclass(frozen=True)
+class KnownActions:
+    """The beginnings of chunks that are already decided, for a batch."""
+
+    actions: np.ndarray  # float32 [B, H, D] robot units, zero where unknown
+    is_known: np.ndarray  # bool [B, H]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Decoded chunks of a batch."""
+
+    actions: np.ndarray  # float32 [B, H, D], robot units
+    rounds: np.ndarray  # int64 [B], passes over the slots that each row took
+    confidence: np.ndarray | None = None  # float32 [B, H, D]; None for heads that know no such thing
+
+
+class ActionHead(Protocol):
+    slots: str  # which slots the model must have, see VLAConfig.slots
+
+    def loss(self, model: VLA, prefix: Prefix, batch: ActionBatch, generator: torch.Generator) -> HeadLoss: ...
+
+    def act(
+        self, model: VLA, prefix: Prefix, known: KnownActions, config: DecodeConfig, seeds: Sequence[int]
+    ) -> Decision:
+        """Decode whole chunks that continue the known actions; a row depends on its own inputs and seed only."""
+        ...
+
+
+def draw_known_steps(rows: int, action_horizon: int, config: HeadConfig, generator: torch.Generator) -> Tensor:
+    """Some rows start with one to max_known_steps given steps: bool [rows, H]."""
+    most = min(config.max_known_steps, action_horizon - 1)
+    device = generator.device
+    chosen = torch.rand(rows, generator=generator, device=device) < config.known_prefix
+    steps = torch.randint(1, most + 1, (rows,), generator=generator, device=device) * chosen
+    return torch.arange(action_horizon, device=device) < steps[:, None]
