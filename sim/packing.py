@@ -7,6 +7,7 @@ from pathlib import Path
 from sim import demonstration
 from vla.frame_cache import FrameCacheWriter
 from vla.interface import RobotSpec
+from vla.stored_images import image_storage
 
 FREE_BYTES = 1_000_000_000  # of disk that is left alone
 PACKED_COPIES = 2  # PNG data set and frame cache; each is at most as large as what is staged
@@ -30,7 +31,9 @@ def pack(root: Path, spec: RobotSpec, paths: Sequence[Path], *, source: str, cac
     """
     cache = root / "cache"
     if cache_only:
-        with FrameCacheWriter(cache, spec, source=f"{source}; frame cache only, no LeRobotDataset was written") as writer:
+        source = f"{source}; frame cache only, no LeRobotDataset was written"
+        storage = image_storage(sum(path.stat().st_size for path in paths))
+        with FrameCacheWriter(cache, spec, source=source, storage=storage) as writer:
             for episode in map(demonstration.load, paths):
                 writer.add_episode(
                     episode.images, episode.state, episode.action, instruction=episode.instruction, task=episode.task

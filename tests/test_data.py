@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from vla.data import ActionWindows, WindowMixture, is_held_out
 from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.interface import RobotSpec
+from vla.stored_images import STORAGES
 
 SPEC = RobotSpec("toy", ("base", "wrist"), 8, ("x", "y"), ("dx", "grip"), (1,), 20.0)
 LENGTHS = (5, 1, 9, 4)
@@ -56,6 +58,27 @@ def test_frames_are_read_as_written(cache):
     assert cache.spec == SPEC and cache.num_frames == sum(LENGTHS) and cache.episode_tasks.tolist() == [0, 1, 0, 1]
 
 
+def test_jpeg_frames_are_nearly_those_written_and_everything_else_is_exact(tmp_path):
+    spec = replace(SPEC, image_size=32)
+    rows, columns = np.mgrid[0:32, 0:32]
+    frames = np.stack([np.stack([8 * rows, 8 * columns, np.full_like(rows, 20 * t)], -1) for t in range(6)]).astype(np.uint8)
+    vectors = np.arange(12, dtype=np.float32).reshape(6, 2)
+    caches = {}
+    for storage in STORAGES:
+        with FrameCacheWriter(tmp_path / storage, spec, storage=storage) as writer:
+            images = {"base": frames, "wrist": frames[::-1]}
+            writer.add_episode(images, vectors, vectors, instruction="look", task=0)
+        caches[storage] = FrameCache.open(tmp_path / storage)
+    raw, jpeg = (ActionWindows(cache, H).gather(np.arange(6)) for cache in caches.values())
+    assert np.abs(raw.images.astype(int) - jpeg.images).max() <= 8
+    np.testing.assert_array_equal(raw.actions, jpeg.actions)
+    np.testing.assert_array_equal(caches["jpeg"].images["base"][2:4], jpeg.images[2:4, 0])
+    assert caches["jpeg"].images["wrist"].shape == (6, 32, 32, 3)
+    (tmp_path / "jpeg" / "image.base.jpeg").write_bytes(b"cut off")
+    with pytest.raises(ValueError, match="make the cache again"):
+        FrameCache.open(tmp_path / "jpeg")
+
+
 def test_an_interrupted_writer_leaves_the_old_cache_and_nothing_else(tmp_path):
     write(tmp_path / "cache")
     with pytest.raises(KeyboardInterrupt), FrameCacheWriter(tmp_path / "cache", SPEC) as writer:
@@ -69,7 +92,7 @@ def test_a_full_disk_while_writing_leaves_nothing(tmp_path, monkeypatch):
     def full(self):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("vla.frame_cache._GrowingArray.close", full)
+    monkeypatch.setattr("vla.frame_cache.GrowingArray.close", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "cache")
     assert not list(tmp_path.iterdir())

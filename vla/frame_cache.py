@@ -1,12 +1,12 @@
 """The frame cache: the decoded frames of a data set in one folder, readable without lerobot:
 
-    manifest.json        format version, RobotSpec, instructions, per-episode length / task / instruction, source
-    image.<camera>.npy   uint8 [F, H, W, 3]
-    state.npy            float32 [F, S]
-    action.npy           float32 [F, D]
-    episode.npy          int32 [F]
+    manifest.json   format version, RobotSpec, instructions, per-episode length / task / instruction, source, image storage
+    image.<camera>  frames, raw or JPEG: see vla/stored_images.py
+    state.npy       float32 [F, S]
+    action.npy      float32 [F, D]
+    episode.npy     int32 [F]
 
-Raw uint8 is read through a memory map: no decoding, and the page cache is the only copy. numpy only.
+Raw uint8 is read through a memory map: no decoding, and the page cache is the only copy.
 """
 
 import json
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from vla.interface import RobotSpec
+from vla.stored_images import STORAGES, GrowingArray, JpegFrames, open_frames, open_writer
 
 CACHE_VERSION = 1
 
@@ -29,20 +30,24 @@ class FrameCacheWriter:
             writer.add_episode(images, state, action, instruction="pick up the cube", task=0)
 
     An existing cache at `root` is replaced at the end; on an exception it stays and the unfinished one is removed.
+    storage: raw, bit for bit, or jpeg, a tenth of the bytes; `image_storage` chooses by size.
     """
 
-    def __init__(self, root: Path | str, spec: RobotSpec, *, source: str = "") -> None:
-        self.root, self.spec, self.source = Path(root), spec, source
+    def __init__(self, root: Path | str, spec: RobotSpec, *, source: str = "", storage: str = "raw") -> None:
+        if storage not in STORAGES:
+            raise ValueError(f"storage is {storage!r}; allowed: {', '.join(STORAGES)}.")
+        self.root, self.spec, self.source, self.storage = Path(root), spec, source, storage
         self._partial = self.root.with_name(self.root.name + ".partial")
 
     def __enter__(self) -> "FrameCacheWriter":
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
-        size = self.spec.image_size
-        shapes = {f"image.{camera}": (np.uint8, (size, size, 3)) for camera in self.spec.cameras}
-        shapes |= {"state": (np.float32, (self.spec.state_dim,)), "action": (np.float32, (self.spec.action_dim,))}
+        shapes = {"state": (np.float32, (self.spec.state_dim,)), "action": (np.float32, (self.spec.action_dim,))}
         shapes["episode"] = (np.int32, ())
-        self._files = {name: _GrowingArray(self._partial / f"{name}.npy", *kind) for name, kind in shapes.items()}
+        self._files = {name: GrowingArray(self._partial / f"{name}.npy", *kind) for name, kind in shapes.items()}
+        for camera in self.spec.cameras:
+            writer = open_writer(self.storage, self._partial, camera, self.spec.image_size)
+            self._files[f"image.{camera}"] = writer
         self._instructions: list[str] = []
         self._episodes: dict[str, list[int]] = {"length": [], "task": [], "instruction": []}
         return self
@@ -95,33 +100,12 @@ class FrameCacheWriter:
         manifest = {
             "version": CACHE_VERSION,
             "source": self.source,
+            "images": self.storage,
             "spec": self.spec.to_dict(),
             "instructions": self._instructions,
             "episodes": self._episodes,
         }
         (self._partial / "manifest.json").write_text(json.dumps(manifest))
-
-
-class _GrowingArray:
-    """A .npy file that grows along its first axis; numpy pads the header so that the length can be rewritten."""
-
-    def __init__(self, path: Path, dtype: type, shape: tuple[int, ...]) -> None:
-        self.dtype, self.shape, self._length = dtype, shape, 0
-        self._file = path.open("wb")
-        self._write_header()
-
-    def _write_header(self) -> None:
-        self._file.seek(0)
-        description = {"descr": np.lib.format.dtype_to_descr(np.dtype(self.dtype)), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(self._file, description | {"shape": (self._length, *self.shape)})
-
-    def append(self, values: np.ndarray) -> None:
-        self._file.write(np.ascontiguousarray(values).data)
-        self._length += len(values)
-
-    def close(self) -> None:
-        self._write_header()
-        self._file.close()
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +119,7 @@ class FrameCache:
     episode_starts: np.ndarray  # int64 [E + 1], the last is F
     episode_tasks: np.ndarray  # int64 [E], task of the suite
     episode_instructions: np.ndarray  # int64 [E], index into instructions
-    images: dict[str, np.ndarray]  # camera -> uint8 [F, H, W, 3], memory maps
+    images: dict[str, np.ndarray | JpegFrames]  # camera -> uint8 [F, H, W, 3], memory maps or decoded at each access
     state: np.ndarray  # float32 [F, S]
     action: np.ndarray  # float32 [F, D]
     episode: np.ndarray  # int32 [F]
@@ -171,7 +155,9 @@ class FrameCache:
             episode_starts=starts,
             episode_tasks=np.array(manifest["episodes"]["task"], dtype=np.int64),
             episode_instructions=np.array(manifest["episodes"]["instruction"], dtype=np.int64),
-            images={camera: np.load(root / f"image.{camera}.npy", mmap_mode="r") for camera in spec.cameras},
+            images={
+                camera: open_frames(manifest.get("images", "raw"), root, camera, spec.image_size) for camera in spec.cameras
+            },
             state=np.load(root / "state.npy"),
             action=np.load(root / "action.npy"),
             episode=np.load(root / "episode.npy"),
@@ -184,7 +170,7 @@ class FrameCache:
         for name, shape in expected.items():
             if found[name] != (starts[-1], *shape):
                 wanted = (int(starts[-1]), *shape)
-                raise ValueError(f"{root / name}.npy has shape {found[name]}; its manifest says {wanted}.")
+                raise ValueError(f"{root / name} has shape {found[name]}; its manifest says {wanted}.")
         return cache
 
     @property

@@ -23,6 +23,7 @@ import numpy as np
 from vla.frame_cache import FrameCacheWriter
 from vla.interface import RobotSpec
 from vla.lerobot_statistics import DatasetStatistics, Stats
+from vla.stored_images import image_storage
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -176,7 +177,8 @@ def build_frame_cache(
     """
     dataset_root = Path(dataset_root)
     spec, source = _spec_and_source(dataset_root, spec)
-    with FrameCacheWriter(cache_root, spec, source=source) as writer:
+    raw_bytes = _load_metadata(dataset_root).total_frames * len(spec.cameras) * spec.image_size**2 * 3
+    with FrameCacheWriter(cache_root, spec, source=source, storage=image_storage(raw_bytes)) as writer:
         for episode in read_episodes(dataset_root, spec=spec, camera_keys=camera_keys):
             writer.add_episode(
                 episode.images, episode.state, episode.action, instruction=episode.instruction, task=episode.task
