@@ -53,6 +53,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "success of the scripted experts",
             "vla experts --suite=libero_object --episodes=20",
         ),
+        "compare": Verb(
+            "sim.compare:main",
+            "two evaluations on the same starts: paired difference, interval, p-value",
+            "vla compare EVALUATION_A EVALUATION_B",
+        ),
         "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench decoding"),
     },
 }

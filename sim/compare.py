@@ -1,0 +1,149 @@
+"""Two evaluations on the same starts (`vla compare A B`): what differs, per task and over all, and how sure that is.
+
+Pairing removes the luck of the starts: of n common episodes only those count that one solved and the other did not.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from sim.results import EpisodeRow, read_episodes, wilson
+
+Pair = tuple[EpisodeRow, EpisodeRow]
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """B against A on n common episodes without errors; rates are shares."""
+
+    n: int
+    a_solved: int
+    b_solved: int
+    only_a: int  # episodes that A alone solved
+    only_b: int
+    p_value: float  # exact McNemar test of "A and B solve equally many", two-sided
+    difference: float  # rate of B minus rate of A
+    interval: tuple[float, float]  # 95 % of the difference, paired bootstrap
+
+
+def key(row: EpisodeRow) -> tuple[str, int, str, int, int]:
+    """What makes two episodes start alike."""
+    return row.suite, row.task, row.split, row.initial_state_index, row.seed
+
+
+def pair_episodes(a: Iterable[EpisodeRow], b: Iterable[EpisodeRow]) -> list[Pair]:
+    """Episodes of A and B that began at the same start and ended without an error, in the order of A.
+
+    Raises ValueError if there is none, or if two rows of one evaluation have the same start.
+    """
+    first, second = _by_start(a), _by_start(b)
+    common = [start for start in first if start in second]
+    pairs = [(first[start], second[start]) for start in common]
+    valid = [pair for pair in pairs if pair[0].error is None and pair[1].error is None]
+    if not valid:
+        raise ValueError(
+            f"The evaluations share {len(common)} starts (A has {len(first)}, B {len(second)}), none of them without an error. "
+            "Evaluate both with the same --suite, --split, --tasks and --episodes."
+        )
+    return valid
+
+
+def _by_start(rows: Iterable[EpisodeRow]) -> dict[tuple, EpisodeRow]:
+    found: dict[tuple, EpisodeRow] = {}
+    for row in rows:
+        if key(row) in found:
+            raise ValueError(f"Two rows of one evaluation start alike: {key(row)}. Give one evaluation's folder per side.")
+        found[key(row)] = row
+    return found
+
+
+def compare(pairs: Sequence[Pair], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
+    """Raises ValueError without a pair."""
+    if not pairs:
+        raise ValueError("No pair of episodes to compare.")
+    solved = np.array([(a.success, b.success) for a, b in pairs], dtype=np.int64)
+    gain = solved[:, 1] - solved[:, 0]
+    only_a, only_b = int((gain == -1).sum()), int((gain == 1).sum())
+    # Resampling episodes with replacement draws how many were lost, won, and the same: a multinomial.
+    counts = np.random.default_rng(seed).multinomial(
+        len(gain), [only_a / len(gain), only_b / len(gain), 1 - (only_a + only_b) / len(gain)], size=resamples
+    )
+    low, high = np.quantile((counts[:, 1] - counts[:, 0]) / len(gain), [0.025, 0.975])
+    return Comparison(
+        n=len(gain), a_solved=int(solved[:, 0].sum()), b_solved=int(solved[:, 1].sum()), only_a=only_a, only_b=only_b,
+        p_value=mcnemar(only_a, only_b), difference=float(gain.mean()), interval=(float(low), float(high)),
+    )  # fmt: skip
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Two-sided exact p-value: were the discordant pairs a fair coin's? McNemar 1947, the binomial form."""
+    discordant, fewer = only_a + only_b, min(only_a, only_b)
+    tail = sum(math.comb(discordant, k) for k in range(fewer + 1)) / 2**discordant
+    return min(1.0, 2 * tail)
+
+
+def table(pairs: Sequence[Pair], title: str) -> Table:
+    """One line a task and one over all; won: episodes that B alone solved, lost: A alone."""
+    view = Table(title=title)
+    view.add_column("task", no_wrap=True)
+    view.add_column("instruction")
+    for heading in ("n", "A %", "B %", "won", "lost", "B - A, 95 %", "p"):
+        view.add_column(heading, justify="right", no_wrap=True)
+    tasks = sorted({(a.suite, a.task) for a, _ in pairs})
+    for suite, task in tasks:
+        chosen = [pair for pair in pairs if (pair[0].suite, pair[0].task) == (suite, task)]
+        view.add_row(f"{suite} {task}", chosen[0][0].instruction, *_cells(compare(chosen)))
+    if len(tasks) > 1:
+        view.add_section()
+        view.add_row("all", f"{len(tasks)} tasks", *_cells(compare(pairs)))
+    return view
+
+
+def _cells(found: Comparison) -> list[str]:
+    low, high = found.interval
+    return [
+        str(found.n), f"{100 * found.a_solved / found.n:.1f}", f"{100 * found.b_solved / found.n:.1f}", str(found.only_b),
+        str(found.only_a), f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]", f"{found.p_value:.3g}",
+    ]  # fmt: skip
+
+
+USAGE = """usage: vla compare A B [--output=FILE.json]
+
+A and B are folders that `vla eval` wrote. Episodes are paired by start (suite, task, split, initial state, seed); one that
+ended with an error on either side is left out. Prints per task and over all: success of both, episodes that only one
+of them solved, the difference with its 95 % paired bootstrap interval, and McNemar's exact p-value."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`vla compare`."""
+    if any(word in ("-h", "--help") for word in argv):
+        print(USAGE)
+        return 0
+    folders = [Path(word).expanduser() for word in argv if not word.startswith("--")]
+    flags = [word for word in argv if word.startswith("--")]
+    output = next((Path(flag.partition("=")[2]).expanduser() for flag in flags if flag.startswith("--output=")), None)
+    if len(folders) != 2 or len(flags) != (output is not None):
+        raise ValueError(f"two evaluation folders are compared; got {' '.join(argv) or 'none'} (`vla compare --help`).")
+    rows = []
+    for folder in folders:
+        if not (folder / "episodes.jsonl").is_file():
+            raise FileNotFoundError(f"no evaluation in {folder} (episodes.jsonl is missing); `vla eval --output_dir=...` makes one.")
+        rows.append(read_episodes(folder / "episodes.jsonl"))
+    pairs = pair_episodes(*rows)
+    left_out = min(len(side) for side in rows) - len(pairs)
+    Console().print(table(pairs, f"B = {folders[1]}\nagainst A = {folders[0]}"))
+    if left_out:
+        print(f"{left_out} episodes have no partner without an error and are left out.", file=sys.stderr)
+    if output:
+        found = {"a": str(folders[0]), "b": str(folders[1]), **asdict(compare(pairs))}
+        rates = {side: list(wilson(found[f"{side}_solved"], found["n"])) for side in ("a", "b")}
+        output.write_text(json.dumps(found | {"rate_intervals_95": rates}, indent=1))
+    return 0
