@@ -27,6 +27,11 @@ class TextTokenizer:
     def vocab_size(self) -> int:
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def vocabulary(self) -> frozenset[str]:
+        """Spellings of all tokens."""
+        return frozenset(self._tokenizer.get_vocab())
+
     def token_id(self, name: str) -> int:
         """Id of the token spelled `name`. Raises ValueError if there is none."""
         token = self._tokenizer.token_to_id(name)

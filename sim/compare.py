@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     rows = []
     for folder in folders:
         if not (folder / "episodes.jsonl").is_file():
-            raise FileNotFoundError(f"no evaluation in {folder} (episodes.jsonl is missing); `vla eval --output_dir=...` makes one.")
+            raise FileNotFoundError(f"no evaluation in {folder}: episodes.jsonl is missing; `vla eval` makes one.")
         rows.append(read_episodes(folder / "episodes.jsonl"))
     pairs = pair_episodes(*rows)
     left_out = min(len(side) for side in rows) - len(pairs)

@@ -108,6 +108,17 @@ def test_every_head_makes_a_policy(head, cache, tmp_path):
     assert np.isfinite(chunk.actions).all()
 
 
+def test_a_run_begins_with_the_weights_and_scales_of_the_policy_it_is_given(trained, cache, tmp_path):
+    config = replace(settings(cache, tmp_path, steps=1), start_from=trained)
+    still = replace(config, training=replace(config.training, learning_rate=1e-12, ema_decay=0.0))
+    begun, before = load_policy(train_policy(still)), load_policy(trained)
+    assert begun.assets.statistics.to_json() == before.assets.statistics.to_json()
+    for chunk, expected in zip(begun.act(observations(cache, 3)), before.act(observations(cache, 3)), strict=True):
+        np.testing.assert_allclose(chunk.actions, expected.actions, atol=1e-3)  # running means of the tower move
+    with pytest.raises(ValueError, match="different weights"):
+        train_policy(replace(config, head=HeadConfig(type="l1"), output_dir=tmp_path / "other"))
+
+
 def test_a_missing_data_set_is_one_line_that_names_the_command(tmp_path, capsys):
     assert cli(["train", f"--dataset.root={tmp_path / 'nothing'}", f"--output_dir={tmp_path / 'run'}"]) == 2
     message = capsys.readouterr().err

@@ -41,6 +41,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "frame cache -> policy",
             "vla train --config_path configs/lift_demo.yaml --dataset.root=DATA --output_dir=RUN",
         ),
+        "dagger": Verb(
+            "sim.dagger:main",
+            "correct a policy where it errs: roll out, label, train on",
+            "vla dagger --policy=RUN/checkpoints/last/policy --dataset='[DATA]' --suite=robosuite_lift --rounds=3",
+        ),
         "eval": Verb(
             "sim.evaluate:main",
             "policy -> success table, with intervals",

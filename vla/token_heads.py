@@ -137,7 +137,8 @@ class ParallelHead(DiscreteDiffusionHead):
     def _corrupt(
         self, clean: Tensor, is_known: Tensor, layout: SlotLayout, generator: torch.Generator
     ) -> Corruption:
-        return corrupt(clean, torch.ones(clean.shape[0], device=clean.device), self.tokenizer.mask_id, generator=generator, is_known=is_known)
+        everything = torch.ones(clean.shape[0], device=clean.device)
+        return corrupt(clean, everything, self.tokenizer.mask_id, generator=generator, is_known=is_known)
 
 
 class AutoregressiveHead(TokenHead):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multimodal.checkpoint import load_weights
 from multimodal.config import get_preset
 from multimodal.decoder import count_parameters
 from multimodal.images import ImageConfig, prepare_images
@@ -27,7 +28,7 @@ from vla.heads import HEADS, build_head
 from vla.home import remask_home
 from vla.interface import Observation
 from vla.model import VLA, VLAConfig
-from vla.policy import PolicyAssets, TorchPolicy, load_policy
+from vla.policy import PolicyAssets, TorchPolicy, load_policy, replace_pretrained
 from vla.transforms import clean_instruction
 
 
@@ -63,6 +64,7 @@ class TrainConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # how the trained policy decodes by default
     images: ImageConfig = field(default_factory=ImageConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000))
+    start_from: Path | None = None  # policy folder whose weights, shapes, tokenizers and statistics this run begins with
     output_dir: Path | None = None  # default: REMASK_HOME/runs/policy
     resume: bool = False  # continue from the last checkpoint in output_dir
 
@@ -100,6 +102,27 @@ def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
     return PolicyAssets(
         model, spec, state_statistics, action_tokenizer, text_tokenizer, config.images, config.head, config.decode, provenance
     )
+
+
+def begin_from(config: TrainConfig, fresh: PolicyAssets) -> tuple[PolicyAssets, dict[str, Tensor]]:
+    """The assets and weights of the policy in `start_from`, trained on with this run's head, decoding and crops.
+
+    fresh: what the data alone would give. Raises ValueError if the policy's robot, instructions or slots are not the data's.
+    """
+    found, weights = PolicyAssets.load(Path(config.start_from).expanduser())
+    if found.spec != fresh.spec:
+        raise ValueError(f"--start_from drives {found.spec}; the data set shows {fresh.spec}. Collect data of that robot.")
+    if HEADS[found.head.type].slots != HEADS[config.head.type].slots or found.images.output_size != config.images.output_size:
+        raise ValueError(
+            f"--start_from has a {found.head.type} head on {found.images.output_size} pixels, this run asks for "
+            f"{config.head.type} on {config.images.output_size}; heads over tokens and over steps, and other sizes, have "
+            "different weights."
+        )
+    unknown = [word for word in fresh.text_tokenizer.vocabulary if word not in found.text_tokenizer.vocabulary]
+    if unknown or fresh.model.text_length - config.model.text_slack > found.model.text_length:
+        raise ValueError(f"--start_from has never read the words {unknown[:8]} of these instructions; train from scratch.")
+    kept = replace(found, head=config.head, decode=config.decode, images=config.images, provenance=fresh.provenance)
+    return replace(kept, provenance=fresh.provenance | {"start_from": str(config.start_from)}), weights
 
 
 @dataclass(frozen=True)
@@ -201,7 +224,12 @@ def train_policy(config: TrainConfig) -> Path:
     mixture = WindowMixture(open_windows(config, held_out=False), config.dataset.weights)
     assets = build_assets(config, mixture)
     torch.manual_seed(config.training.seed)
-    model = VLA(assets.model)
+    if config.start_from is None:
+        model = VLA(assets.model)
+    else:
+        assets, weights = begin_from(config, assets)
+        model = VLA(replace_pretrained(assets.model))
+        load_weights(model, weights, config.start_from)
     device = torch.device("cuda" if config.training.device == "auto" and torch.cuda.is_available() else "cpu")
     tower = count_parameters(model.vlm.vision)
     print(

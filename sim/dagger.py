@@ -1,0 +1,332 @@
+"""Correct a policy where it errs (`vla dagger`): roll out, label with the expert, add, train on, evaluate; round after round.
+
+After DAgger (Ross, Gordon and Bagnell 2011, arXiv 1011.0686). Round r: the policy of round r - 1 acts, the expert with
+probability mixing * decay ** (r - 1) instead of it; what the expert would have done is stored for every visited state; training
+goes on from the policy's weights on all data so far; validation starts say what it brought. A folder:
+
+    round_0/evaluation                                the policy one began with
+    round_1/corrections  round_1/run  round_1/evaluation, round_2 ...
+    rounds.json  rounds.png                           success against labels
+
+Everything resumes: the same command goes on where it was stopped.
+"""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from sim import correction, demonstration, packing
+from sim.collect import default_expert
+from sim.correction import CorrectionJob, CorrectionSettings
+from sim.environment import Environment
+from sim.evaluate import EvaluateConfig, PolicySource, answer, check_robot, evaluate, policy_threads
+from sim.folder_lock import locked
+from sim.results import append_row, differences, read_rows, tally
+from sim.seeds import start
+from sim.suites import build_environment, get_protocol, get_suite
+from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
+from vla.home import remask_home
+from vla.interface import Policy, RobotSpec
+
+FIRST_INDEX = 500_000  # of the training starts; `vla collect` counts from 0 and never comes here
+ROUND_STARTS = 10_000  # starts set aside for a round
+MAX_ERRORS = 10
+
+
+@dataclass(frozen=True)
+class DaggerConfig:
+    """Settings of `vla dagger`."""
+
+    policy: str = ""  # checkpoint folder of the policy to correct, e.g. RUN/checkpoints/last/policy
+    dataset: list[Path] = field(default_factory=list)  # demonstrations it was trained on; corrections are added to them
+    train: Path = Path("configs/lift_demo.yaml")  # settings of `vla train` for each round
+    minutes: float | None = None  # of training in a round; default: as `train` says
+    suite: str = "robosuite_lift"
+    tasks: list[int] | None = None  # default: all
+    output_dir: Path | None = None  # default: REMASK_HOME/dagger/<suite>
+    rounds: int = 3
+    episodes: int = 10  # corrected episodes per task and round
+    evaluation_episodes: int = 20  # validation starts per task and round
+    mixing: float = 0.5  # probability that the expert acts during a chunk of round 1
+    decay: float = 0.5  # of that, from round to round
+    execution_horizon: int | None = None  # actions executed of each chunk; default: as `vla eval`
+    max_steps: int | None = None  # default: the suite's openpi limit
+    workers: int = 2  # simulator processes
+
+    @property
+    def root(self) -> Path:
+        return Path(self.output_dir or remask_home() / "dagger" / self.suite).expanduser()
+
+    @property
+    def task_list(self) -> list[int]:
+        return list(range(get_suite(self.suite).num_tasks)) if self.tasks is None else sorted(set(self.tasks))
+
+    @property
+    def step_limit(self) -> int:
+        return self.max_steps or get_suite(self.suite).max_steps["openpi"]
+
+    def mixing_of(self, number: int) -> float:
+        """Probability that the expert acts in round `number`, counted from 1."""
+        return self.mixing * self.decay ** (number - 1)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with its beginning."""
+        left_out = ("output_dir", "rounds", "workers")
+        return {key: str(value) for key, value in asdict(self).items() if key not in left_out}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round left."""
+
+    number: int
+    policy: str
+    labels: int  # labelled states so far, of corrections
+    successes: int
+    episodes: int
+    interval_95: tuple[float, float]
+    corrected_success: float | None  # success of the mixture during the corrections
+
+
+def dagger(
+    config: DaggerConfig,
+    *,
+    build: Callable[..., Environment] = build_environment,
+    expert: Callable[..., Any] = default_expert,
+    load: Callable[[str], Policy] | None = None,
+    train: Callable[[DaggerConfig, int, str, list[Path]], str] | None = None,
+) -> list[Round]:
+    """Run the rounds that are missing; returns all. build, expert: module-level functions; load, train: how a policy comes
+    to be (tests give fakes; default: vla.policy, vla.train).
+
+    Raises ValueError on impossible settings or another run's folder.
+    """
+    check(config)
+    load, train = load or load_torch_policy, train or train_round
+    config.root.mkdir(parents=True, exist_ok=True)
+    with locked(config.root):
+        settings = config.root / "settings.json"
+        if settings.exists():
+            changed = differences(json.loads(settings.read_text()), config.identity)
+            if changed:
+                raise ValueError(f"{config.root} holds another run: {changed}. Use another --output_dir.")
+        settings.write_text(json.dumps(config.identity, indent=1))
+        policy_path, data, labels, rounds = config.policy, [Path(p).expanduser() for p in config.dataset], 0, []
+        rounds.append(evaluate_round(config, 0, policy_path, labels, None, build, load))
+        for number in range(1, config.rounds + 1):
+            folder = config.root / f"round_{number}" / "corrections"
+            report = collect_corrections(config, number, load(policy_path), folder, build, expert)
+            labels += report["labels"]
+            data.append(folder)
+            policy_path = train(config, number, policy_path, data)
+            rounds.append(evaluate_round(config, number, policy_path, labels, report["success"], build, load))
+            write_rounds(config.root, rounds)
+    return rounds
+
+
+def check(config: DaggerConfig) -> None:
+    """Raise ValueError on settings that cannot be run."""
+    count = get_suite(config.suite).num_tasks
+    unknown = [task for task in config.task_list if not 0 <= task < count]
+    if unknown or not config.task_list:
+        raise ValueError(f"Suite {config.suite!r} has no tasks {unknown}; allowed: 0 to {count - 1}.")
+    for name, low, high in (("mixing", 0, 1), ("decay", 0, 1), ("rounds", 1, 1000), ("episodes", 1, ROUND_STARTS)):
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{name} is {getattr(config, name)}; allowed: {low} to {high}.")
+    if not config.policy or not config.dataset:
+        raise ValueError("Which policy, trained on what? Give --policy=RUN/checkpoints/last/policy --dataset='[DATA]'.")
+
+
+def collect_corrections(
+    config: DaggerConfig, number: int, policy: Policy, folder: Path, build: Callable, expert: Callable
+) -> dict[str, Any]:
+    """Label the round's episodes and pack them as a frame cache in `folder`; what corrections.json holds."""
+    report_path = folder / "corrections.json"
+    if report_path.exists():
+        return json.loads(report_path.read_text())
+    staged = folder / "episodes"
+    staged.mkdir(parents=True, exist_ok=True)
+    settings = CorrectionSettings(
+        suite=config.suite,
+        image_size=policy.spec.image_size,
+        action_horizon=policy.action_horizon,
+        execution_horizon=evaluation_config(config, number, "").execution_horizon or policy.action_horizon,
+        max_steps=config.step_limit,
+        mixing=config.mixing_of(number),
+        folder=staged,
+    )
+    rows = {
+        (row["task"], row["index"]): row
+        for row in read_rows(folder / "episodes.jsonl")
+        if row["error"] is None and demonstration.staged_path(staged, row["task"], row["index"]).exists()
+    }
+    first = FIRST_INDEX + number * ROUND_STARTS
+    wanted = [CorrectionJob(task, first + episode) for task in config.task_list for episode in range(config.episodes)]
+    missing = [job for job in wanted if (job.task, job.index) not in rows]
+    spec = run_corrections(config, policy, settings, missing, rows, folder, build, expert)
+    paths = [demonstration.staged_path(staged, job.task, job.index) for job in wanted]
+    packing.pack(folder, spec or policy.spec, paths, source=f"vla dagger, {config.suite}, round {number}", cache_only=True)
+    chosen = [rows[job.task, job.index] for job in wanted]
+    report = {
+        "round": number,
+        "mixing": settings.mixing,
+        "episodes": len(chosen),
+        "labels": sum(row["labels"] for row in chosen),
+        "success": sum(row["success"] for row in chosen) / len(chosen),
+    }
+    report_path.write_text(json.dumps(report, indent=1))
+    shutil.rmtree(staged)
+    return report
+
+
+def run_corrections(
+    config: DaggerConfig,
+    policy: Policy,
+    settings: CorrectionSettings,
+    jobs: list[CorrectionJob],
+    rows: dict[tuple[int, int], dict[str, Any]],
+    folder: Path,
+    build: Callable,
+    expert: Callable,
+) -> RobotSpec | None:
+    """Run `jobs` in W processes, putting each outcome into `rows` and on disk; the robot they drove."""
+    if not jobs:
+        return None
+    waiting: dict[int, list[CorrectionJob]] = {}
+    for job in jobs:
+        waiting.setdefault(job.task, []).append(job)
+    running: dict[int, int] = {}
+    specs: list[dict[str, Any]] = []
+    errors = 0
+
+    def next_job(last: CorrectionJob | None) -> CorrectionJob | None:
+        task = choose_task({task: len(queue) for task, queue in waiting.items()}, last.task if last else None, running)
+        if task is None:
+            return None
+        running[task] = running.get(task, 0) + 1
+        return waiting[task].pop(0)
+
+    def started(spec: dict[str, Any]) -> None:
+        check_robot(policy, spec)
+        specs.append(spec)
+
+    with tqdm(total=len(jobs), unit="episode", desc="corrections") as bar:
+
+        def finished(job: CorrectionJob, outcome: Done | Failed | Died) -> None:
+            nonlocal errors
+            running[job.task] -= 1
+            error = None if isinstance(outcome, Done) else str(outcome)
+            row = {"task": job.task, "index": job.index, "seed": start(correction.SPLIT, job.index).seed, "error": error}
+            row |= outcome.result if isinstance(outcome, Done) else {}
+            append_row(folder / "episodes.jsonl", row)
+            bar.update()
+            if error is None:
+                rows[job.task, job.index] = row
+                return
+            bar.write(f"task {job.task}, start {job.index}: {error}")
+            errors += 1
+            if errors < MAX_ERRORS:
+                waiting[job.task].append(job)  # an exception says nothing of the start: try it again
+            else:
+                raise ChildProcessError(f"{MAX_ERRORS} episodes ended with an exception; the last: {error}.")
+
+        num_workers = min(config.workers, len(jobs))
+        with policy_threads(config.workers), WorkerPool(num_workers, correction.work, (settings, build, expert)) as pool:
+            run_jobs(pool, next_job, started=started, finished=finished, answer=functools.partial(answer, policy))
+    return RobotSpec.from_dict(specs[0])
+
+
+def evaluation_config(config: DaggerConfig, number: int, policy_path: str) -> EvaluateConfig:
+    """How a round's policy is evaluated, on validation starts."""
+    settings = EvaluateConfig(
+        policy=PolicySource(path=policy_path), suite=config.suite, tasks=config.tasks, episodes=config.evaluation_episodes,
+        workers=config.workers, execution_horizon=config.execution_horizon, max_steps=config.max_steps, resume=True,
+        output_dir=config.root / f"round_{number}" / "evaluation",
+    )  # fmt: skip
+    if settings.execution_horizon is None:
+        settings = replace(settings, execution_horizon=get_protocol(settings.protocol_name).execution_horizon)
+    return settings
+
+
+def evaluate_round(
+    config: DaggerConfig, number: int, policy_path: str, labels: int, corrected: float | None, build: Callable, load: Callable
+) -> Round:
+    policy = load(policy_path)
+    checkpoint = getattr(policy, "content_hash", policy_path)
+    rows = evaluate(evaluation_config(config, number, policy_path), policy, checkpoint, build=build)
+    count = tally(rows)
+    return Round(number, policy_path, labels, count.successes, count.episodes, count.interval, corrected)
+
+
+def load_torch_policy(path: str) -> Policy:
+    from vla.policy import load_policy
+
+    return load_policy(path)
+
+
+def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[Path]) -> str:
+    """Go on training from the policy's weights on all data; the new policy's folder."""
+    from vla.cli import parse_config
+    from vla.train import TrainConfig, finished_policy, train_policy
+
+    run = config.root / f"round_{number}" / "run"
+    arguments = [f"--config_path={config.train}", f"--output_dir={run}", f"--start_from={policy_path}"]
+    arguments.append("--dataset.root=[" + ", ".join(str(path) for path in data) + "]")
+    if config.minutes is not None:
+        arguments.append(f"--training.minutes={config.minutes}")
+    if config.tasks is not None:
+        arguments.append(f"--dataset.tasks={config.tasks}")
+    settings = parse_config(TrainConfig, arguments, verb="train")
+    done = finished_policy(settings)
+    return str(done or train_policy(replace(settings, resume=(run / "checkpoints").exists())))
+
+
+def write_rounds(root: Path, rounds: Sequence[Round]) -> None:
+    """rounds.json and the curve."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    (root / "rounds.json").write_text(json.dumps([asdict(each) for each in rounds], indent=1))
+    rates = [each.successes / max(each.episodes, 1) for each in rounds]
+    spread = [
+        [rate - each.interval_95[0] for rate, each in zip(rates, rounds)],
+        [each.interval_95[1] - rate for rate, each in zip(rates, rounds)],
+    ]
+    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    axes.errorbar([each.labels for each in rounds], rates, yerr=spread, marker="o", capsize=3)
+    axes.set(xlabel="labelled states of corrections", ylabel="success on validation starts", ylim=(-0.02, 1.02))
+    figure.savefig(root / "rounds.png", dpi=150)
+    pyplot.close(figure)
+
+
+def main(argv: list[str]) -> int:
+    """`vla dagger`."""
+    from vla.cli import parse_config
+
+    config = parse_config(DaggerConfig, argv, verb="dagger")
+    rounds = dagger(config)
+    table = Table(title=f"DAgger on {config.suite}, validation starts")
+    for heading in ("round", "labels", "solved", "%", "95 %", "mixture %"):
+        table.add_column(heading, justify="right")
+    for each in rounds:
+        low, high = each.interval_95
+        rate = each.successes / max(each.episodes, 1)
+        mixture = "-" if each.corrected_success is None else f"{100 * each.corrected_success:.0f}"
+        table.add_row(
+            str(each.number), str(each.labels), f"{each.successes}/{each.episodes}", f"{100 * rate:.1f}",
+            f"{100 * low:.0f}-{100 * high:.0f}", mixture,
+        )  # fmt: skip
+    Console().print(table)
+    print(f"curve: {config.root / 'rounds.png'}\npolicy: {rounds[-1].policy}")
+    return 0

@@ -1,0 +1,119 @@
+"""Laws of DAgger: labels are the expert's at visited states, mixing spans expert and policy, rounds add up and resume."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sim.dagger
+import sim.evaluate
+from sim import demonstration
+from sim.correction import CorrectionSettings, correct
+from sim.dagger import DaggerConfig, dagger
+from sim.rollout import rollout
+from sim.seeds import start
+from tests.point_world import CRASH_INDEX, PointExpert, PointPolicy, PointWorld, build_point_world, point_expert
+from vla.frame_cache import FrameCache
+
+SETTINGS = CorrectionSettings(
+    suite="libero_object", image_size=8, action_horizon=4, execution_horizon=4, max_steps=30, mixing=0.5, folder=Path(".")
+)
+
+
+def run(mixing: float, index: int = 3) -> tuple[demonstration.Demonstration, int]:
+    settings = replace(SETTINGS, mixing=mixing)
+    expert = PointExpert(hopeless=False)
+    return correct(PointWorld(), PointPolicy(), expert, task=1, start=start("train", index), settings=settings)
+
+
+def test_with_the_expert_always_acting_a_correction_is_a_demonstration():
+    episode, chunks = run(1.0)
+    expected = demonstration.record(PointWorld(), PointExpert(False), task=1, start=start("train", 3), max_steps=30)
+    np.testing.assert_array_equal(episode.action, expected.action)
+    np.testing.assert_array_equal(episode.state, expected.state)
+    np.testing.assert_array_equal(episode.images["base"], expected.images["base"])
+    assert episode.success and chunks == -(-len(episode.action) // 4)
+
+
+def test_with_the_policy_always_acting_the_states_are_those_of_its_rollout():
+    episode, chunks = run(0.0)
+    result = rollout(
+        PointWorld(), PointPolicy(), task=1, start=start("train", 3), max_steps=30, execution_horizon=4
+    )
+    travelled = np.cumsum(0.1 * result.actions[:, :3].astype(np.float64), axis=0)
+    np.testing.assert_allclose(episode.state[1:], travelled[:-1], atol=1e-6)
+    assert chunks == 0 and len(episode.action) == result.steps and episode.success == result.success
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5, 1.0])
+def test_every_label_is_what_the_expert_does_at_the_state_beside_it(mixing):
+    episode, _ = run(mixing)
+    world = PointWorld()
+    world.reset(1, start("train", 3))
+    for state, label in zip(episode.state, episode.action):
+        world.position = state.astype(np.float64)
+        np.testing.assert_allclose(label, PointExpert(False).action(world.world()), atol=1e-5)
+
+
+@pytest.fixture
+def three_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = replace(sim.evaluate.get_suite("libero_object"), num_tasks=3)
+    for module in (sim.evaluate, sim.dagger):
+        monkeypatch.setattr(module, "get_suite", lambda name: suite)
+
+
+class Trainings:
+    """Stands in for training: each round's policy is less noisy; remembers on what it was trained."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, str, list[Path]]] = []
+
+    def train(self, config: DaggerConfig, number: int, policy: str, data: list[Path]) -> str:
+        self.calls.append((number, policy, list(data)))
+        return f"0.{2 // number}"
+
+    @staticmethod
+    def load(path: str) -> PointPolicy:
+        return PointPolicy(noise=float(path))
+
+
+def settings(root: Path, **changes) -> DaggerConfig:
+    defaults = dict(
+        policy="0.4", dataset=[root / "demonstrations"], suite="libero_object", tasks=[0, 1], output_dir=root / "dagger", rounds=2,
+        episodes=3, evaluation_episodes=2, workers=1, max_steps=25, execution_horizon=4,
+    )  # fmt: skip
+    return DaggerConfig(**{**defaults, **changes})
+
+
+def go(config: DaggerConfig, trainings: Trainings) -> list:
+    return dagger(config, build=build_point_world, expert=point_expert, load=trainings.load, train=trainings.train)
+
+
+def test_rounds_add_their_labels_go_on_from_the_last_policy_and_resume(tmp_path, three_tasks):
+    config, trainings = settings(tmp_path), Trainings()
+    rounds = go(config, trainings)
+    caches = [FrameCache.open(config.root / f"round_{number}" / "corrections") for number in (1, 2)]
+    assert [each.labels for each in rounds] == [0, caches[0].num_frames, caches[0].num_frames + caches[1].num_frames]
+    assert [cache.num_episodes for cache in caches] == [6, 6]
+    assert [(number, policy, len(data)) for number, policy, data in trainings.calls] == [(1, "0.4", 2), (2, "0.2", 3)]
+    assert (config.root / "rounds.png").stat().st_size > 0
+    assert json.loads((config.root / "rounds.json").read_text())[2]["policy"] == "0.1"
+    (config.root / "round_2" / "corrections" / "corrections.json").unlink()  # as if killed while packing
+    again = go(config, Trainings())
+    assert [replace(each, interval_95=()) for each in again] == [replace(each, interval_95=()) for each in rounds]
+
+
+def test_another_run_s_folder_is_refused_and_so_are_impossible_settings(tmp_path, three_tasks):
+    go(settings(tmp_path, rounds=1), Trainings())
+    with pytest.raises(ValueError, match="mixing was '0.5', is '0.1'"):
+        go(settings(tmp_path, mixing=0.1), Trainings())
+    with pytest.raises(ValueError, match="mixing is 1.5; allowed: 0 to 1"):
+        go(settings(tmp_path, mixing=1.5), Trainings())
+    with pytest.raises(ValueError, match="--policy"):
+        go(settings(tmp_path, policy=""), Trainings())
+
+
+def test_corrections_never_share_a_start_with_collected_demonstrations():
+    assert sim.dagger.FIRST_INDEX > CRASH_INDEX and sim.dagger.FIRST_INDEX >= 10 * 50_000
