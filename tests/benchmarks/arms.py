@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sim.results import read_episodes, wilson
+from tests.benchmarks.harness import interleaved, quiet_machine
 from vla.home import remask_home
 
 VLA = [sys.executable, "-m", "vla.cli"]
@@ -41,7 +42,7 @@ def add_arm_options(arguments: argparse.ArgumentParser) -> None:
 
 
 def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> list[list]:
-    """Train and evaluate the arms under `root`; rows [name, *COLUMNS]. Raises ChildProcessError if a part fails."""
+    """Train, evaluate and time the arms under `root`; rows [name, *COLUMNS]. Raises ChildProcessError if a part fails."""
     for first in range(0, len(arms), options.concurrent):
         group = arms[first : first + options.concurrent]
         running = [(arm, start_training(arm, root, options)) for arm in group]
@@ -50,7 +51,33 @@ def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -
             raise ChildProcessError(f"training of {failed} failed; see its output above.")
         for arm in group:
             (root / arm.name / "done").touch()
-    return [evaluate_arm(arm, root, options) for arm in arms]
+    rows = [evaluate_arm(arm, root, options) for arm in arms]
+    milliseconds = chunk_milliseconds(arms, root, options)
+    return [[row[0], *row[1:5], milliseconds[row[0]], *row[5:]] for row in rows]
+
+
+def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> dict[str, float]:
+    """Median milliseconds of a chunk for one robot, images to actions, all arms in turn on the same observation."""
+    import numpy as np
+    import torch
+
+    from vla.frame_cache import FrameCache
+    from vla.interface import Observation
+    from vla.policy import load_policy
+
+    torch.set_num_threads(options.threads)
+    cache = FrameCache.open(options.dataset)
+    images = {camera: np.array(frames[0]) for camera, frames in cache.images.items()}
+    observation = Observation(images, np.array(cache.state[0]), cache.instructions[0])
+    policies = {arm.name: load_policy(policy_of(arm, root)) for arm in arms}
+    with quiet_machine():
+        calls = {name: lambda policy=policy: policy.act([observation]) for name, policy in policies.items()}
+        seconds = interleaved(calls, options.repetitions)
+    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+
+
+def policy_of(arm: Arm, root: Path) -> Path:
+    return root / arm.name / "checkpoints" / "last" / "policy"
 
 
 def start_training(arm: Arm, root: Path, options: argparse.Namespace) -> subprocess.Popen | None:
@@ -74,7 +101,7 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list:
     run, folder = root / arm.name, root / f"{arm.name}-evaluation"
     tasks = json.loads(options.tasks) if options.tasks else [0]
     command = [
-        *VLA, "eval", f"--policy.path={run / 'checkpoints' / 'last' / 'policy'}", f"--suite={options.suite}",
+        *VLA, "eval", f"--policy.path={policy_of(arm, root)}", f"--suite={options.suite}",
         f"--episodes={options.episodes // len(tasks)}", "--workers=2", "--resume", f"--output_dir={folder}",
     ]  # fmt: skip
     if options.tasks:
@@ -87,9 +114,8 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list:
     low, high = wilson(successes, len(rows))
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     errors = [entry["validation/action_error"] for entry in log if "validation/action_error" in entry]
-    return [
+    return [  # COLUMNS but for the milliseconds, which are measured for all arms in turn
         arm.name, 100 * successes / len(rows), 100 * low, 100 * high, len(rows),
-        statistics.median(row.policy_ms for row in rows if row.policy_ms is not None),
         statistics.mean(row.rounds for row in rows if row.rounds is not None),
         statistics.mean(row.jerk for row in rows if row.jerk is not None),
         log[-1]["step"], errors[-1] if errors else float("nan"),
