@@ -46,6 +46,7 @@ def call(**changes: Any) -> None:
         ({"valid_index": torch.tensor([True])}, ["valid_index", "bool", "int64"]),
         ({"valid_index": torch.tensor([0, 3])}, ["targets", "-100"]),
         ({"backend": "fast"}, ["backend", "fast", "'chunked'"]),
+        ({"backend": 3}, ["backend", "3", "'chunked'"]),
         ({"token_loss": lambda statistics: statistics.nll, "z_loss": 0.1}, ["token_loss", "z_loss"]),
         ({"hidden": H * torch.nan}, ["hidden", "NaN"]),
         ({"weight": W / 0}, ["weight", "infinity"]),

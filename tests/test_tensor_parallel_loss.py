@@ -14,7 +14,8 @@ from tests.test_linear_cross_entropy import FEATURES, problem
 
 SHARDS = ((0, 5), (5, 11))  # uneven, of a vocabulary of 11
 CASES: dict[str, dict[str, Any]] = {
-    **{name: FEATURES[name] for name in ("plain", "softcap", "range", "slice", "soft", "none")},
+    **FEATURES,
+    "vocab_blocks": {**FEATURES["softcap"], "backend": "vocab_blocks", "logits_bytes": 100},
     "stats": {"return_stats": True, "vocab_range": "rows"},
 }
 
@@ -27,12 +28,12 @@ def run_rank(rank: int, folder: str) -> None:
     results = {}
     for name, features in CASES.items():
         hidden, weight, targets, options = problem(features)
-        if options.get("bias") is not None:
-            options["bias"] = options["bias"][start:stop]
-        hidden, weight = hidden.requires_grad_(), weight[start:stop].clone().requires_grad_()
-        output = linear_cross_entropy(hidden, weight, targets, vocab_shard=VocabShard(start, 11), **options)
+        inputs = [hidden, weight[start:stop], *([options["bias"][start:stop]] if "bias" in options else [])]
+        inputs = [each.clone().requires_grad_() for each in inputs]
+        options |= {"bias": inputs[2]} if "bias" in options else {}
+        output = linear_cross_entropy(*inputs[:2], targets, vocab_shard=VocabShard(start, 11), **options)
         objective(output).backward()
-        results[name] = [objective(output).detach(), hidden.grad, weight.grad]
+        results[name] = [objective(output).detach(), *(each.grad for each in inputs)]
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -54,13 +55,15 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[torch
 @pytest.mark.parametrize("name", CASES)
 def test_two_shards_equal_one_vocabulary(name: str, ranks: list[dict[str, list[torch.Tensor]]]):
     hidden, weight, targets, options = problem(CASES[name])
-    hidden.requires_grad_(), weight.requires_grad_()
-    truth = objective(linear_cross_entropy(hidden, weight, targets, backend="reference", **options))
+    inputs = [hidden, weight, *([options["bias"]] if "bias" in options else [])]
+    hidden, *columns = (each.requires_grad_() for each in inputs)
+    truth = objective(linear_cross_entropy(hidden, weight, targets, **{**options, "backend": "reference"}))
     truth.backward()
-    for (loss, of_hidden, of_weight), (start, stop) in zip((rank[name] for rank in ranks), SHARDS, strict=True):
+    for (loss, of_hidden, *of_columns), (start, stop) in zip((rank[name] for rank in ranks), SHARDS, strict=True):
         torch.testing.assert_close(loss, truth.detach())
         torch.testing.assert_close(of_hidden, hidden.grad)
-        torch.testing.assert_close(of_weight, weight.grad[start:stop])
+        for ours, whole in zip(of_columns, columns, strict=True):
+            torch.testing.assert_close(ours, whole.grad[start:stop])
 
 
 def test_ranks_agree_to_the_bit(ranks: list[dict[str, list[torch.Tensor]]]):

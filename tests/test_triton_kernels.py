@@ -13,7 +13,7 @@ from multimodal.kernels.linear_cross_entropy import has_triton
 pytestmark = pytest.mark.skipif(not has_triton(), reason="triton is not installed (it comes with torch for CUDA)")
 
 # Bytes of stack per thread on sm_90 with the blocks of `TILES` and `WARPS`, triton 3.6. A kernel not named here spills nothing.
-ALLOWED_SPILLS = {"statistics, every option": 24, "hidden_gradient, every option": 304}
+ALLOWED_SPILLS = {"statistics, every option": 24, "hidden_gradient, every option": 320}
 
 
 def laws_of(*arguments: str, timeout: int) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def check_resources(resources: dict[str, dict[str, int]]) -> None:
 
 
 def test_interpreted_kernels_equal_the_reference():
-    check_numbers(laws_of("interpret", timeout=600), count=17)
+    check_numbers(laws_of("interpret", timeout=600), count=36)
 
 
 def test_kernels_compile_for_hopper_without_new_spills():
@@ -47,7 +47,7 @@ def test_kernels_compile_for_hopper_without_new_spills():
 
 @pytest.mark.check
 def test_interpreted_kernels_equal_the_reference_under_every_option():
-    check_numbers(laws_of("interpret", "every", timeout=1800), count=30)
+    check_numbers(laws_of("interpret", "every", timeout=1800), count=60)
 
 
 @pytest.mark.check

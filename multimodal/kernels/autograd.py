@@ -1,7 +1,7 @@
 """How a backend joins autograd: statistics with any gradient towards them, or one scalar loss with its gradients at hand."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from multimodal.kernels.statistics import Rows, TokenStatistics, VocabShard
 from multimodal.kernels.tensor_parallel import join_over_ranks, sum_over_ranks
 
 
+@runtime_checkable
 class Backend(Protocol):
-    """Statistics forward, gradients backward; `Chunked` and the Triton backends."""
+    """Statistics forward, gradients backward; `Chunked`, `VocabBlocks` and the Triton backends."""
 
     def statistics(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *, keep_logits: bool

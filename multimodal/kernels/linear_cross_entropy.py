@@ -40,7 +40,7 @@ def linear_cross_entropy(
     return_stats: bool = False,
     token_loss: TokenLoss | None = None,
     vocab_shard: VocabShard | None = None,
-    backend: BackendName = "auto",
+    backend: BackendName | Backend = "auto",
     logits_bytes: int | None = None,
     validate: bool | None = None,
 ) -> Tensor | LossOutput:
@@ -58,8 +58,9 @@ def linear_cross_entropy(
     valid_index: int64 [n], the kept rows (flat) if known beforehand; saves the host a wait on an accelerator.
     token_loss: another loss per row of the statistics (`losses.py`), instead of label_smoothing and z_loss.
     vocab_shard: `weight` is this rank's part of the vocabulary; targets and ranges stay global ids.
-    backend: see docs/cross_entropy.md. logits_bytes: budget of one chunk of logits. validate: check values of targets, target_probs,
-        statistics (NaN); None: on the CPU, where this makes nobody wait.
+    backend: a name (docs/cross_entropy.md), or an object such as Recompute(filter_epsilon=2**-12). logits_bytes: budget of one
+        chunk of logits, for a backend given by name. validate: check values of targets, target_probs, statistics (NaN); None: on
+        the CPU, where this makes nobody wait.
     Returns a float32 scalar (float64 for float64 input), [...] for reduction "none", or a `LossOutput` with return_stats.
     The weight gradient is summed in float32 and rounded once. Fused backends raise RuntimeError on double backward.
     Raises ValueError naming the argument that does not fit.
@@ -130,11 +131,15 @@ def _statistics(
     return token_statistics(hidden, weight, bias, Plan(backend, rows, shard))
 
 
-def build_backend(name: BackendName, hidden: Tensor, weight: Tensor, logits_bytes: int | None = None) -> Backend | None:
-    """The backend called `name` for these tensors; None stands for the reference.
+def build_backend(
+    name: BackendName | Backend, hidden: Tensor, weight: Tensor, logits_bytes: int | None = None
+) -> Backend | None:
+    """The backend called `name` for these tensors, or the one given; None stands for the reference.
 
     "auto": `chunked` on the CPU and wherever triton is missing; on CUDA `triton`, or `vocab_blocks` if its logits and float32 weight
     gradient would not fit into half the free memory. Raises ValueError for a name, a device or a package that does not fit."""
+    if isinstance(name, Backend):
+        return name
     if name == "auto":
         name = _automatic(hidden, weight)
     if name == "reference":

@@ -84,6 +84,7 @@ def join_statistics(parts: TokenStatistics, peak: Tensor, sums: Callable[[Tensor
     parts: [..., n] each; peak: the largest lse of all parts; sums: adds a [4, ..., n] tensor over the parts, giving [4, n]. With the share
     s_r = exp(lse_r - lse) of part r, entropy = sum_r s_r (entropy_r - log s_r) (the chain rule). Target and mean logits are
     sums: an id outside a part carries probability 0 there, and every part divides by the columns of the union."""
+    peak = peak.clamp(min=torch.finfo(peak.dtype).min)  # -inf where no part holds a column of the row yet
     mass = (parts.lse - peak).exp()
     entropy_mass = torch.where(mass > 0, mass * (parts.entropy - (parts.lse - peak)), 0)
     mass, entropy_mass, target_logit, mean_logit = sums(torch.stack([mass, entropy_mass, parts.target_logit, parts.mean_logit]))

@@ -7,8 +7,8 @@ Least memory, more arithmetic. Three kernels, no locks and no atomics, so result
     weight gradient  a program owns a block of columns and a slab of D, sums over all rows in registers   2 n V D (slabs + 1)
 
 After "Cut Your Losses in Large-Vocabulary Language Models" (arXiv 2411.09009), with partial statistics instead of its spin
-locks and the one-hot folded before rounding. `filter_epsilon` is its gradient filter: tiles whose probabilities all stay below it
-are skipped; off by default, since it drops what training from scratch needs (paper, section 5.3)."""
+locks and the one-hot folded before rounding. `filter_epsilon` is its gradient filter: a tile is skipped if all of its |p - q| stay
+below it, whatever the loss is scaled by; off by default, since it drops what training from scratch needs (paper, section 5.3)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -176,13 +176,22 @@ def gradient_tile(
 
 
 @triton.jit
+def exceeds(dz, upstream_ptr, rows, num_rows, filter_epsilon):
+    """Whether any entry of dz [ROWS, COLUMNS] is over filter_epsilon, in units of its row's upstream gradient; true for NaN."""
+    g_target = tl.load(upstream_ptr + rows, mask=rows < num_rows, other=0.0)
+    g_lse = tl.load(upstream_ptr + num_rows + rows, mask=rows < num_rows, other=0.0)
+    unit = tl.maximum(tl.abs(g_lse), tl.abs(g_target))  # |dz| / unit is about |p - q|
+    return not (tl.max(tl.max(tl.abs(dz) - filter_epsilon * unit[:, None], 1), 0) <= 0)
+
+
+@triton.jit
 def hidden_gradient_kernel(
     hidden_ptr, weight_ptr, bias_ptr, targets_ptr, probs_ptr, range_ptr, temperature_ptr, known_ptr, upstream_ptr,
     gradient_ptr,  # ACC [n, D], zeroed
     softcap, num_rows, num_classes, width, K, filter_epsilon,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     for first in range(0, num_classes, COLUMNS):
@@ -194,7 +203,10 @@ def hidden_gradient_kernel(
             raw, rows, columns, bias_ptr, targets_ptr, probs_ptr, range_ptr, temperature_ptr, known_ptr, upstream_ptr,
             softcap, num_rows, num_classes, K, HAS_BIAS, HAS_CAP, HAS_RANGE, HAS_TEMPERATURE, HAS_MEAN, HAS_ENTROPY, ACC,
         )  # fmt: skip
-        if tl.max(tl.max(tl.abs(dz), 1), 0) >= filter_epsilon:
+        keep = True
+        if FILTER:
+            keep = exceeds(dz, upstream_ptr, rows, num_rows, filter_epsilon)
+        if keep:
             rounded = dz.to(weight_ptr.dtype.element_ty)
             for start in range(0, width, DEPTH):
                 depth = start + tl.arange(0, DEPTH)
@@ -215,7 +227,7 @@ def weight_gradient_kernel(
     softcap, num_rows, num_classes, width, K, filter_epsilon,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, HAS_RANGE: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
     HAS_MEAN: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, WIDEN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SLAB: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, SLAB: tl.constexpr, FILTER: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     slab = tl.program_id(1) * SLAB + tl.arange(0, SLAB)
@@ -230,7 +242,10 @@ def weight_gradient_kernel(
             raw, rows, columns, bias_ptr, targets_ptr, probs_ptr, range_ptr, temperature_ptr, known_ptr, upstream_ptr,
             softcap, num_rows, num_classes, K, HAS_BIAS, HAS_CAP, HAS_RANGE, HAS_TEMPERATURE, HAS_MEAN, HAS_ENTROPY, ACC,
         )  # fmt: skip
-        if tl.max(tl.max(tl.abs(dz), 1), 0) >= filter_epsilon:
+        keep = True
+        if FILTER:
+            keep = exceeds(dz, upstream_ptr, rows, num_rows, filter_epsilon)
+        if keep:
             bias_total += tl.sum(dz, 0)
             a = tl.load(
                 hidden_ptr + rows[:, None] * width + slab[None, :],
@@ -290,7 +305,8 @@ class Recompute:
             tile = self.tiles["hidden_gradient"]
             total = torch.zeros_like(hidden, dtype=stacked.dtype)
             hidden_gradient_kernel[(triton.cdiv(hidden.shape[0], tile.rows),)](
-                *tensors, stacked, towards, total, *numbers, self.filter_epsilon, **flags, **_blocks(tile)
+                *tensors, stacked, towards, total, *numbers, self.filter_epsilon, **flags, **_blocks(tile),
+                FILTER=self.filter_epsilon > 0,
             )  # fmt: skip
             result.hidden = total.to(hidden.dtype)
         if needs.weight or needs.bias:
@@ -300,7 +316,7 @@ class Recompute:
             grid = (triton.cdiv(weight.shape[0], tile.columns), triton.cdiv(weight.shape[1], tile.slab))
             weight_gradient_kernel[grid](
                 *tensors, stacked, towards, result.weight, stacked if bias is None else result.bias, *numbers, self.filter_epsilon,
-                **flags, **_blocks(tile), SLAB=tile.slab,
+                **flags, **_blocks(tile), SLAB=tile.slab, FILTER=self.filter_epsilon > 0,
             )  # fmt: skip
         return result
 

@@ -35,13 +35,17 @@ class VocabBlocks:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows, *, keep_logits: bool
     ) -> tuple[TokenStatistics, None]:
         """Statistics [n]; no logits are kept."""
-        parts = []
-        for block in self.blocks(hidden, weight):
-            logits = hidden @ weight[block].T
-            here = rows.columns(block.start, block.stop)
-            parts.append(self.row_pass.statistics(logits, None if bias is None else bias[block], here))
-        stacked = TokenStatistics(*(torch.stack(part) for part in zip(*parts, strict=True)))
-        return join_statistics(stacked, stacked.lse.amax(0), lambda each: each.sum(1)), None
+        known, blocks = None, self.blocks(hidden, weight)
+        buffer = _buffer(hidden, blocks)
+        for block in blocks:
+            logits = torch.mm(hidden, weight[block].T, out=_narrow(buffer, hidden, block))
+            part = self.row_pass.statistics(logits, None if bias is None else bias[block], rows.columns(block.start, block.stop))
+            part = TokenStatistics(*(each.double() for each in part))  # every join rounds
+            if known is not None:  # joined as they come: hundreds of blocks would hold more than the logits of one
+                pair = TokenStatistics(*map(torch.stack, zip(known, part, strict=True)))
+                part = join_statistics(pair, pair.lse.amax(0), lambda each: each.sum(1))
+            known = part
+        return TokenStatistics(*(each.to(accumulation_dtype(hidden.dtype)) for each in known)), None
 
     def gradients(
         self,
@@ -60,8 +64,10 @@ class VocabBlocks:
             weight=torch.empty_like(weight) if needs.weight else None,
             bias=torch.empty_like(bias) if needs.bias and bias is not None else None,
         )
-        for block in self.blocks(hidden, weight):
-            dz = hidden @ weight[block].T
+        blocks = self.blocks(hidden, weight)
+        buffer = _buffer(hidden, blocks)
+        for block in blocks:
+            dz = torch.mm(hidden, weight[block].T, out=_narrow(buffer, hidden, block))
             here = rows.columns(block.start, block.stop)
             bias_gradient = self.row_pass.known_gradient_(dz, None if bias is None else bias[block], here, known, upstream)
             if wide is not None:
@@ -72,3 +78,14 @@ class VocabBlocks:
                 result.bias[block] = bias_gradient
         result.hidden = None if wide is None else wide.to(hidden.dtype)
         return result
+
+
+def _buffer(hidden: Tensor, blocks: list[slice]) -> Tensor:
+    """Room for the logits of any block, flat."""
+    return hidden.new_empty(hidden.shape[0] * (blocks[0].stop - blocks[0].start))
+
+
+def _narrow(buffer: Tensor, hidden: Tensor, block: slice) -> Tensor:
+    """The part of the buffer that holds the logits [n, B] of a block."""
+    shape = (hidden.shape[0], block.stop - block.start)
+    return buffer[: shape[0] * shape[1]].view(shape)
