@@ -31,13 +31,26 @@ def block_mask(blocks: Tensor) -> Tensor:
 
 def tree_mask(parents: Sequence[int]) -> Tensor:
     """Each node of a draft tree sees itself and its ancestors; parents[i] < i, or -1 for a root. [T, T]"""
-    mask = torch.eye(len(parents), dtype=torch.bool)
+    rows: list[list[bool]] = []
     for node, parent in enumerate(parents):
         if not -1 <= parent < node:
             raise ValueError(f"parents[{node}] is {parent}; a parent precedes its child (or is -1).")
-        if parent >= 0:
-            mask[node] |= mask[parent]
-    return mask
+        row = list(rows[parent]) if parent >= 0 else [False] * len(parents)
+        row[node] = True
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.bool).view(len(parents), len(parents))
+
+
+def ragged_mask(starts: Sequence[int], blocks: Tensor) -> Tensor:
+    """Sequences of different lengths in one pass: row r's queries see its keys before starts[r], and of the N that follow what
+    blocks[r] says. blocks bool [R, M, N] (causal, a tree, a diagonal for padding) -> [R, 1, M, max(starts) + N]
+    """
+    num_rows, num_queries, num_new = blocks.shape
+    keys = torch.arange(max(starts) + num_new, device=blocks.device)
+    offset = keys - torch.tensor(starts, device=blocks.device)[:, None]  # [R, K], from the row's first new position
+    index = offset.clamp(0, num_new - 1)[:, None].expand(num_rows, num_queries, -1)
+    is_new = ((offset >= 0) & (offset < num_new))[:, None]
+    return ((offset < 0)[:, None] | (is_new & blocks.gather(2, index)))[:, None]
 
 
 def key_padding_mask(is_real: Tensor) -> Tensor:

@@ -89,6 +89,10 @@ class VLMConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     vocab_size: int = 64  # text ids of the tokenizer
     num_cameras: int = 2
+    tie_embeddings: bool = True  # the language head is the text embedding; False: a matrix of its own
+    logit_scale: float = 1.0  # on the head's output; hidden_size ** -0.5 starts a tied head near uniform
+    image_token_id: int | None = None  # text id that stands for an image's tokens; None: images precede the text
+    bidirectional_images: bool = True  # image tokens that stand together see each other; False: causal, as LLaVA and Qwen2-VL
 
 
 # A narrow residual tower trained from scratch: stride 16, 49 tokens at 112 pixels, 0.7 M parameters.

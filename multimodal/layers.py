@@ -7,8 +7,13 @@ from torch.nn import functional as F
 from multimodal.config import DecoderConfig
 
 
+def widened(x: Tensor) -> Tensor:
+    """x in float32, or in float64 if it is that already: what is summed or rotated is rounded only once."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight), computed in float32 (Zhang and Sennrich 2019; offset as in Gemma)."""
+    """x / rms(x) * (offset + weight), computed in at least float32 (Zhang and Sennrich 2019; offset as in Gemma)."""
 
     def __init__(self, size: int, eps: float, offset: float = 0.0) -> None:
         super().__init__()
@@ -16,9 +21,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.full((size,), 1.0 - offset))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.float()
+        wide = widened(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (self.offset + self.weight.float())).to(x.dtype)
+        return (wide * (self.offset + widened(self.weight))).to(x.dtype)
 
 
 def build_norm(config: DecoderConfig, size: int) -> nn.Module:
@@ -62,8 +67,8 @@ class Rotary(nn.Module):
         self.sections = sections
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, T] (or [A, B, T] with sections) -> cos, sin, each float32 [B, 1, T, head_dim / 2]."""
-        phase = positions[..., None].float() * self.inverse_frequency  # [.., B, T, head_dim / 2]
+        """positions [B, T] (or [A, B, T] with sections) -> cos, sin, each [B, 1, T, head_dim / 2] in at least float32."""
+        phase = positions[..., None].float() * widened(self.inverse_frequency)  # [.., B, T, head_dim / 2]
         if self.sections:
             axes = phase.split(self.sections, dim=-1)
             phase = torch.cat([part[axis] for axis, part in enumerate(axes)], dim=-1)
@@ -72,5 +77,5 @@ class Rotary(nn.Module):
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate x [B, heads, T, head_dim] by the angles of its positions."""
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = widened(x).chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)

@@ -52,6 +52,18 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "vla eval --policy.path=RUN/checkpoints/last/policy --suite=robosuite_lift --episodes=50 --workers=2",
         ),
     },
+    "Language": {
+        "generate": Verb(
+            "serve.generate:main",
+            "ask a vision-language model; the answer streams",
+            "vla generate --vlm=RUN/checkpoints/last/policy --prompt='What is on the table?' --images=[frame.png]",
+        ),
+        "train-draft": Verb(
+            "serve.train_draft:main",
+            "vision-language model -> draft that makes it answer faster",
+            "vla train-draft --vlm=RUN/checkpoints/last/policy --corpus=DATA --output_dir=DRAFT",
+        ),
+    },
     "Measure": {
         "experts": Verb(
             "sim.experts.measure:main",
@@ -100,7 +112,7 @@ def overview() -> str:
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:"]
         for name, verb in verbs.items():
-            lines += [f"  {name:<9}{verb.summary}", f"  {'':<9}  $ {verb.example}"]
+            lines += [f"  {name:<12}{verb.summary}", f"  {'':<12}  $ {verb.example}"]
     lines += [
         "",
         "`vla VERB --help` lists the settings of a verb. Settings come from --config_path FILE.yaml and --name=value, the",

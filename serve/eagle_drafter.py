@@ -1,0 +1,260 @@
+"""The draft model as a drafter: lazily caught up with what the target did, then grown level by level, many requests in one
+pass.
+
+What a request's target passes gave is only stored; the draft reads it when it is asked to propose. So a request that does not
+speculate costs nothing, and drafting can stop and start again at any round.
+
+At temperature > 0 the draft adds the same noise to its logits that the target's choice at that position will use
+(multimodal.sampling), so it guesses the sample and not only the law. The answer cannot depend on it: it is a function of the
+target's logits and the noise.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from multimodal.attention import causal_mask, ragged_mask
+from multimodal.compressor import Compressed
+from multimodal.sampling import gumbel_noise
+from multimodal.slot_cache import SlotCache
+from multimodal.vlm import VLM
+from serve.draft_model import DraftModel, prompt_entries
+from serve.drafters import DraftLimits
+from serve.generation import Generation
+from serve.image_cache import ImageCache
+from serve.tree import DraftTree, TreeBuilder
+
+
+@dataclass
+class _State:
+    """Of one request: how many of its tokens the draft has read, and the features that it has not."""
+
+    images: ImageCache
+    num_read: int = 0  # tokens 0 .. num_read - 1 have entered (or never do)
+    first: int = 0  # position of the first feature in `features`
+    features: list[Tensor] = field(default_factory=list)
+
+    def take(self, first: int, stop: int) -> Tensor:
+        """Features of positions first .. stop - 1; those before are forgotten."""
+        known = torch.cat(self.features)
+        self.features, offset = [known[first - self.first :]], first - self.first
+        self.first = first
+        return known[offset : offset + stop - first]
+
+
+class EagleDrafter:
+    """Drafts with a DraftModel. One key/value slot per engine slot."""
+
+    needs_features = True
+
+    def __init__(
+        self, model: DraftModel, target: VLM, *, num_slots: int, capacity: int, chunk: int = 256, branch: str | None = None
+    ) -> None:
+        """capacity: positions of a slot, the longest request and `width * depth` of the widest tree; chunk: prompt per pass.
+
+        branch: always compress images so, whatever the gate thinks.
+        """
+        self.model, self.target, self.chunk, self.branch = model.eval(), target, chunk, branch
+        weight = model.fuse.weight
+        self.device = weight.device
+        self.cache = SlotCache(model.decoder.config, num_slots, capacity, weight.dtype, weight.device)
+        self._head = model.head_weight(target).detach().clone() if not model.has_full_head else target.head_weight.detach()
+        self._states: dict[int, _State] = {}
+        self.branches: dict[str, int] = {}  # compressor branch -> images
+        self.visual_tokens = [0, 0]  # before and after the compressor
+        self.prompt_seconds = 0.0  # spent on reading prompts
+
+    def begin(self, generation: Generation, images: ImageCache) -> None:
+        self.cache.lengths[generation.slot] = 0
+        self._states[generation.id] = _State(images)
+
+    def observe(self, generation: Generation, start: int, features: Tensor) -> None:
+        state = self._states[generation.id]
+        if not state.features:
+            state.first = start
+        state.features.append(features)
+
+    def end(self, generation: Generation) -> None:
+        del self._states[generation.id]
+
+    @torch.inference_mode()
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
+        for generation in generations:
+            if self._states[generation.id].num_read == 0:
+                self._read_prompt(generation)
+        hidden = self._catch_up(generations)
+        builders = [TreeBuilder(generation.last_token) for generation in generations]
+        grow = _Growth(self, generations, limits, builders)
+        grow.children([[0]] * len(generations), hidden[:, None])
+        for level in range(1, max(limit.max_depth for limit in limits)):
+            if not grow.level(level):
+                break
+        return [builder.build(limit.max_nodes, limit.least_score) for builder, limit in zip(builders, limits, strict=True)]
+
+    @torch.inference_mode()
+    def time_level(self, rows: int, past: int) -> float:
+        """Seconds of one level of `rows` nodes behind `past` positions of slot 0, which must be free."""
+        start = time.perf_counter()
+        width = self.target.config.decoder.hidden_size
+        embeddings = self.target.embed_text(torch.zeros(1, rows, dtype=torch.int64, device=self.device))
+        features = torch.zeros(1, rows, width, dtype=embeddings.dtype, device=self.device)
+        mask = ragged_mask([past], torch.eye(rows, dtype=torch.bool)[None]).to(self.device)
+        positions = torch.full((1, rows), past, device=self.device)
+        hidden = self.model.decoder(self.model.enter(embeddings, features), mask, positions, self.cache.rows([0], rows, [past]))
+        self._ranked(hidden, [None], 0, 4)
+        return time.perf_counter() - start
+
+    def _ranked(
+        self, hidden: Tensor, generations: Sequence[Generation | None], depth: int, count: int
+    ) -> tuple[list[list[list[float]]], list[list[list[int]]]]:
+        """Log-probabilities and ids of the `count` likeliest tokens after each estimated feature [R, W, width].
+
+        The tokens stand `depth` places after the next one of their request. Sampled requests get the noise that the target's
+        choice there will use.
+        """
+        logits = (self.target.scale_for_head(hidden) @ self._head.T).float()
+        for row, generation in enumerate(generations):
+            if generation is not None and not generation.sampling.is_greedy:
+                sampling = generation.sampling
+                noise = gumbel_noise(sampling.seed, generation.num_tokens + depth, self.target.config.vocab_size)
+                noise = torch.tensor(noise, dtype=torch.float32, device=logits.device)
+                noise = noise if self.model.has_full_head else noise[self.model.head_ids]
+                logits[row] = logits[row] / sampling.temperature + noise
+        best, columns = logits.topk(min(count, logits.shape[-1]), dim=-1)
+        scores = best - logits.logsumexp(-1, keepdim=True)
+        ids = columns if self.model.has_full_head else self.model.head_ids[columns]
+        return scores.tolist(), ids.tolist()
+
+    def _read_prompt(self, generation: Generation) -> None:
+        started = time.perf_counter()
+        state, ids = self._states[generation.id], generation.prompt
+        features = state.take(0, len(ids))
+        compressed = self._compress(generation, features[-1])
+        embeddings = self.target.embed_prompt(ids, None)
+        entries = prompt_entries(self.model, ids, embeddings, features, None if compressed is None else compressed.tokens)
+        for start in range(0, len(entries.inputs), self.chunk):
+            part = entries.inputs[start : start + self.chunk]
+            count = len(part)
+            rows = self.cache.rows([generation.slot], count)
+            mask = causal_mask(count, rows.num_keys, self.device)
+            self.model.decoder(part[None], mask, entries.positions[None, start : start + count], rows)
+            self.cache.commit(generation.slot, range(count))
+        state.num_read = len(ids)
+        state.take(len(ids) - 1, len(ids))
+        self.prompt_seconds += time.perf_counter() - started
+
+    def _compress(self, generation: Generation, question: Tensor) -> Compressed | None:
+        """The request's images as the draft sees them; None if one is no longer in the cache: then it drafts on text alone."""
+        found = [self._states[generation.id].images.get(key) for key in generation.image_keys]
+        if not found or any(features is None for features in found):
+            return None
+        images = self.target.place_images(torch.stack(found))
+        seeds = [int(key[:15], 16) for key in generation.image_keys]
+        compressed = self.model.compress(images, question.expand(len(images), -1), seeds, branch=self.branch)
+        for branch, tokens in zip(compressed.chosen, compressed.tokens, strict=True):
+            self.branches[branch] = self.branches.get(branch, 0) + 1
+            self.visual_tokens[0] += images.shape[1]
+            self.visual_tokens[1] += len(tokens)
+        return compressed
+
+    def _catch_up(self, generations: Sequence[Generation]) -> Tensor:
+        """Read the tokens since the last proposal, at least one each; the estimated feature [R, width] after the last."""
+        states = [self._states[generation.id] for generation in generations]
+        counts = [generation.num_tokens - state.num_read for generation, state in zip(generations, states, strict=True)]
+        longest, slots = max(counts), [generation.slot for generation in generations]
+        tokens = torch.zeros(len(generations), longest, dtype=torch.int64)
+        positions = torch.zeros_like(tokens)
+        blocks = torch.eye(longest, dtype=torch.bool).repeat(len(generations), 1, 1)
+        features = []
+        for row, (generation, state, count) in enumerate(zip(generations, states, counts, strict=True)):
+            stop = generation.num_tokens
+            tokens[row, :count] = torch.tensor(generation.answer[-count:])
+            positions[row, :count] = torch.arange(stop - count, stop)
+            blocks[row, :count, :count] = causal_mask(count, count)
+            known = state.take(stop - count - 1, stop - 1)
+            features.append(torch.cat([known, known.new_zeros(longest - count, known.shape[1])]))
+            state.features, state.num_read = [], stop
+        starts = [self.cache.lengths[slot] for slot in slots]
+        inputs = self.model.enter(self.target.embed_text(tokens.to(self.device)), torch.stack(features))
+        rows = self.cache.rows(slots, longest)
+        hidden = self.model.decoder(inputs, ragged_mask(starts, blocks).to(self.device), positions.to(self.device), rows)
+        for slot, count in zip(slots, counts, strict=True):
+            self.cache.commit(slot, range(count))
+        return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
+
+
+class _Growth:
+    """The trees of one proposal while they grow; the draft's keys of drafted nodes stand behind each slot's length."""
+
+    def __init__(
+        self,
+        drafter: EagleDrafter,
+        generations: Sequence[Generation],
+        limits: Sequence[DraftLimits],
+        builders: list[TreeBuilder],
+    ) -> None:
+        self.drafter, self.generations, self.limits, self.builders = drafter, generations, limits, builders
+        self.starts = [drafter.cache.lengths[generation.slot] for generation in generations]
+        self.frontiers: list[list[int]] = []  # candidates to go on from, per request
+        self.parents: Tensor | None = None  # their parents' estimated features [R, W, width]
+        # Of each request: candidate -> keys, behind the slot's length, of its path, itself included.
+        self.ancestors: list[dict[int, list[int]]] = [{0: []} for _ in generations]
+        self.num_keys = 0  # behind each slot's length
+        self._depth = 0  # levels of children so far
+
+    def children(self, nodes: list[list[int]], hidden: Tensor) -> None:
+        """Continue `nodes` (per request) by what follows from their estimated features [R, W, width]; choose the next frontier.
+        """
+        drafter, depth = self.drafter, self._depth
+        widest = max(limit.width for limit in self.limits)
+        scores, ids = drafter._ranked(hidden, self.generations, depth, widest)
+        frontiers, parents = [], []
+        for row, (builder, limit) in enumerate(zip(self.builders, self.limits, strict=True)):
+            added: list[int] = []
+            origin: dict[int, int] = {}
+            for place, node in enumerate(nodes[row]):
+                for child in builder.add(node, ids[row][place][: limit.width], scores[row][place][: limit.width]):
+                    added.append(child)
+                    origin[child] = place
+            is_deepest = depth + 1 >= limit.max_depth
+            frontier = [] if is_deepest else builder.likeliest(added, limit.width, limit.expand_score)
+            frontiers.append(frontier)
+            parents.append([origin[node] for node in frontier])
+        self.frontiers = frontiers
+        width = max(map(len, frontiers))
+        if width:
+            index = torch.tensor([row + [0] * (width - len(row)) for row in parents], device=hidden.device)
+            self.parents = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+        self._depth += 1
+
+    def level(self, depth: int) -> bool:
+        """Run the frontier, nodes `depth` places after the root, through the draft and add its children; False if there is
+        none.
+        """
+        width = max(map(len, self.frontiers))
+        drafter = self.drafter
+        if width == 0 or max(self.starts) + self.num_keys + width > drafter.cache.capacity:
+            return False
+        tokens, blocks = [], torch.zeros(len(self.builders), width, self.num_keys + width, dtype=torch.bool)
+        for row, (builder, frontier) in enumerate(zip(self.builders, self.frontiers, strict=True)):
+            tokens.append([builder.tokens[node] for node in frontier] + [0] * (width - len(frontier)))
+            for place, node in enumerate(frontier):
+                key = self.num_keys + place
+                path = [*self.ancestors[row][builder.parents[node]], key]
+                self.ancestors[row][node] = path
+                blocks[row, place, path] = True
+            for place in range(len(frontier), width):
+                blocks[row, place, self.num_keys + place] = True
+        embeddings = drafter.target.embed_text(torch.tensor(tokens, device=drafter.device))
+        positions = torch.tensor([generation.num_tokens - 1 + depth for generation in self.generations], device=drafter.device)
+        slots = [generation.slot for generation in self.generations]
+        rows = drafter.cache.rows(slots, width, [start + self.num_keys for start in self.starts])
+        mask = ragged_mask(self.starts, blocks).to(drafter.device)
+        inputs = drafter.model.enter(embeddings, self.parents)
+        hidden = drafter.model.decoder(inputs, mask, positions[:, None].expand(-1, width), rows)
+        self.num_keys += width
+        self.children(self.frontiers, hidden)
+        return True

@@ -1,0 +1,287 @@
+"""Speculative decoding against the fastest plain decoding of the same engine, on held-out questions; n-gram, oracle and random
+beside it.
+
+Runs are interleaved (each repetition times every variant once), medians of paired ratios are quoted, answers are compared in
+the same runs. `predicted` is the speed-up that the cost tables, measured before any request, give for the rounds that were run;
+a claim above what they allow would be a bug. With --branches: the table of the visual compressor.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from multimodal.compressor import BRANCHES
+from multimodal.sampling import SamplingConfig
+from serve.controller import AdaptiveConfig, AdaptiveController, Controller, CostTable, FixedController, Round, describe
+from serve.costs import measure_draft, measure_target
+from serve.draft_checkpoint import load_draft
+from serve.draft_data import CorpusDialogues
+from serve.drafters import Drafter, DraftLimits, NgramDrafter, OracleDrafter, RandomDrafter
+from serve.eagle_drafter import EagleDrafter
+from serve.engine import Engine, EngineConfig
+from serve.generate import DTYPES
+from serve.generation import Generation
+from serve.request import Request
+from serve.target import Target, load_target
+from serve.train_draft import context_for
+from serve.tree import DraftTree
+from tests.benchmarks.harness import median_ratio, parser, quiet_machine, report
+
+TREES = {
+    "chain 3": DraftLimits(3, 3, 1),
+    "bush 8": DraftLimits(8, 5, 3),
+    "paper 59": DraftLimits(59, 8, 10),
+}
+COLUMNS = (
+    "batch", "T", "type", "variant", "tokens/s", "spread %", "decode x", "end to end x", "predicted x", "tokens a round",
+    "nodes a round", "draft ms", "verify ms", "other ms", "prefill share", "answers that differ",
+)  # fmt: skip
+BRANCH_COLUMNS = ("branch", "visual tokens", "after", "tokens a round", "draft ms a round", "draft prefill ms", "gate chose")
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--vlm", type=Path, required=True, help="checkpoint folder of `vla train-vlm`")
+    arguments.add_argument("--draft", type=Path, required=True, help="checkpoint folder of `vla train-draft`")
+    arguments.add_argument("--corpus", type=Path, required=True)
+    arguments.add_argument("--prompts", type=int, default=12)
+    arguments.add_argument("--least-tokens", type=int, default=100, help="of the corpus's own answer to a prompt")
+    arguments.add_argument("--max-tokens", type=int, default=160)
+    arguments.add_argument("--ignore-end", action="store_true", help="every answer has max-tokens tokens")
+    arguments.add_argument("--batches", type=int, nargs="+", default=[1, 4])
+    arguments.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0])
+    arguments.add_argument("--types", nargs="+", default=["float32", "bfloat16"], choices=list(DTYPES))
+    arguments.add_argument("--device", default="cpu")
+    arguments.add_argument("--branches", action="store_true", help="also the table of compressor branches")
+    arguments.set_defaults(repetitions=5)
+    options = arguments.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    with quiet_machine():
+        rows, facts = measure(options)
+        branches = branch_rows(options) if options.branches else []
+    report("spec", COLUMNS, rows, options.output, threads=options.threads, prompts=options.prompts, **facts)
+    if branches:
+        output = options.output and options.output.with_name("spec_branches.json")
+        report("spec_branches", BRANCH_COLUMNS, branches, output)
+    return 0
+
+
+@dataclass
+class Variant:
+    """One way to decode, with its engine and what its runs gave."""
+
+    kind: str
+    name: str
+    engine: Engine
+    log: "Recorder"
+    seconds: list[float] = field(default_factory=list)  # of whole runs
+    decode: list[float] = field(default_factory=list)
+    answers: list[tuple[int, ...]] = field(default_factory=list)
+    parts: dict[str, float] = field(default_factory=dict)  # seconds by part, all runs
+    tokens: int = 0  # of all runs, first tokens of requests left out
+
+
+class Recorder:
+    """A controller that also writes down the rounds."""
+
+    def __init__(self, inner: Controller) -> None:
+        self.inner, self.rounds, self._levels = inner, [], 0
+
+    def plan(self, generations: Sequence[Generation]) -> list[DraftLimits]:
+        self._levels = 0
+        return self.inner.plan(generations)
+
+    def trim(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+        self._levels = max(max(tree.depths) for tree in trees)
+        return self.inner.trim(trees)
+
+    def observe(self, outcome: Round) -> None:
+        self.rounds.append((len(outcome.ids), outcome.num_rows, self._levels, sum(tree.num_drafted for tree in outcome.trees)))
+        self.inner.observe(outcome)
+
+    def release(self, request_id: int) -> None:
+        self.inner.release(request_id)
+
+
+def questions(options: argparse.Namespace, target: Target) -> list[Request]:
+    corpus = CorpusDialogues(options.corpus, "held_out", target)
+    found = corpus.questions(options.prompts, least_tokens=options.least_tokens, max_tokens=options.max_tokens)
+    return [replace(request, ignore_eos=options.ignore_end) for request in found]
+
+
+def measure(options: argparse.Namespace) -> tuple[list[list], dict]:
+    rows, facts = [], {}
+    for batch in options.batches:
+        for temperature in options.temperatures:
+            variants: list[Variant] = []
+            for kind in options.types:
+                target = load_target(options.vlm, dtype=DTYPES[kind], device=options.device)
+                asked = with_temperature(questions(options, target), temperature)
+                variants += build_variants(options, kind, target, asked, batch)
+            tables = {kind: costs(variants, kind) for kind in options.types}
+            facts[f"batch {batch}, T {temperature}"] = {kind: table.record() for kind, table in tables.items()}
+            for kind, table in tables.items():
+                print(f"batch {batch}, T {temperature}, {kind}: {json.dumps(table.record())}")
+            for repetition in range(options.repetitions + 1):
+                shown = f"\rbatch {batch}, T {temperature}: repetition {repetition} of {options.repetitions}, "
+                for variant in variants:
+                    print(f"{shown}{variant.kind} {variant.name:<20}", end="", flush=True)
+                    run(variant, asked, keep=repetition > 0)
+            print()
+            rows += [row(variant, variants, tables, batch, temperature) for variant in variants]
+    return rows, {"costs": facts}
+
+
+def with_temperature(asked: Sequence[Request], temperature: float) -> list[Request]:
+    return [replace(each, sampling=SamplingConfig(temperature=temperature, seed=index)) for index, each in enumerate(asked)]
+
+
+def build_variants(
+    options: argparse.Namespace, kind: str, target: Target, asked: Sequence[Request], batch: int
+) -> list[Variant]:
+    context = context_for(asked, target)
+    truth: list[tuple[int, ...]] = []
+    draft = load_draft(options.draft, target)
+    adaptive = AdaptiveConfig()
+
+    def eagle(width: int, depth: int) -> Drafter:
+        return EagleDrafter(draft, target.vlm, num_slots=batch, capacity=context + width * depth)
+
+    def engine(drafter: Drafter | None, controller: Controller) -> tuple[Engine, Recorder]:
+        config = EngineConfig(max_batch=batch, context=context, max_nodes=64)
+        recorder = Recorder(controller)
+        return Engine(target, config, drafter, recorder), recorder
+
+    plain = Variant(kind, "plain", *engine(None, FixedController(DraftLimits(0, 0, 0))))
+    truth += [finished.token_ids for finished in plain.engine.run(asked)]
+    count = len(asked)
+    known = OracleDrafter(lambda generation: truth[generation.id % count])
+    prompts = [len(target.vlm.expand_prompt(each.prompt, len(each.images))) for each in asked]
+    past = (sum(prompts) + sum(map(len, truth)) // 2) // count  # at the middle of an answer
+    variants = [plain]
+    makers: dict[str, Callable[[], Drafter]] = {
+        "eagle": lambda: eagle(adaptive.width, adaptive.max_depth),
+        "n-gram": NgramDrafter,
+        "oracle": lambda: known,
+        "random": lambda: RandomDrafter(target.vlm.config.vocab_size),
+    }
+    table = measure_target(plain.engine.runner, past)
+    overhead = plain_overhead(plain)
+    for name, make in makers.items():
+        drafter = make()
+        controller = AdaptiveController(table, measure_draft(drafter, past), overhead, adaptive)
+        variants.append(Variant(kind, name, *engine(drafter, controller)))
+    for name, limits in TREES.items():
+        drafter = eagle(limits.width, limits.max_depth)
+        variants.append(Variant(kind, f"eagle, {name}", *engine(drafter, FixedController(limits))))
+    return variants
+
+
+def plain_overhead(plain: Variant) -> float:
+    stats = plain.engine.stats()
+    return stats.overhead_seconds / max(1, stats.rounds)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Of one type: what the prediction knows."""
+
+    target: CostTable
+    draft: CostTable
+    overhead: float
+
+    def record(self) -> dict:
+        return {
+            "v(M)": {str(rows): round(value, 3) for rows, value in describe(self.target).items()},
+            "c(W)": {str(rows): round(value, 3) for rows, value in describe(self.draft, self.target.seconds[0]).items()},
+            "v(1) ms": round(1e3 * self.target.seconds[0], 3),
+            "overhead ms": round(1e3 * self.overhead, 3),
+        }
+
+    def seconds(self, log: Recorder, width: int) -> float:
+        """Predicted for the rounds that were run."""
+        rounds = ((rows, levels, count * width) for count, rows, levels, _ in log.rounds)
+        return sum(self.target(rows) + levels * self.draft(drafted) + self.overhead for rows, levels, drafted in rounds)
+
+
+def costs(variants: Sequence[Variant], kind: str) -> Costs:
+    eagle = next(variant for variant in variants if (variant.kind, variant.name) == (kind, "eagle"))
+    controller: AdaptiveController = eagle.log.inner
+    return Costs(controller.target, controller.draft, controller.overhead)
+
+
+def run(variant: Variant, asked: Sequence[Request], keep: bool) -> None:
+    """All questions through one engine; the first run of each is thrown away."""
+    before = variant.engine.stats()
+    if not keep:
+        variant.log.rounds.clear()
+    start = time.perf_counter()
+    finished = variant.engine.run(asked)
+    seconds = time.perf_counter() - start
+    after = variant.engine.stats()
+    variant.answers = [each.token_ids for each in finished]
+    if not keep:
+        variant.log.rounds.clear()
+        return
+    names = ("draft_seconds", "verify_seconds", "prefill_seconds", "overhead_seconds")
+    parts = {name: getattr(after, name) - getattr(before, name) for name in names}
+    for name, value in parts.items():
+        variant.parts[name] = variant.parts.get(name, 0.0) + value
+    variant.seconds.append(seconds)
+    variant.decode.append(seconds - parts["prefill_seconds"])
+    variant.tokens += sum(len(answer) - 1 for answer in variant.answers)
+
+
+def row(variant: Variant, variants: Sequence[Variant], tables: dict[str, Costs], batch: int, temperature: float) -> list:
+    plains = [each for each in variants if each.name == "plain"]
+    fastest = min(plains, key=lambda each: statistics.median(each.decode))
+    own = next(each for each in plains if each.kind == variant.kind)
+    rates = sorted(variant.tokens / len(variant.decode) / seconds for seconds in variant.decode)
+    spread = 100 * (rates[-1] - rates[0]) / statistics.median(rates)
+    drafted = variant.name.startswith("eagle")
+    width = TREES[variant.name.removeprefix("eagle, ")].width if "," in variant.name else AdaptiveConfig().width
+    table = tables[variant.kind]
+    stateless = replace(table, draft=CostTable((1,), (0.0,)))
+    predicted = tables[fastest.kind].seconds(fastest.log, 1) / (table if drafted else stateless).seconds(variant.log, width)
+    count = max(1, len(variant.log.rounds))
+    requests = sum(size for size, *_ in variant.log.rounds)
+    return [
+        batch, temperature, variant.kind, variant.name, statistics.median(rates), spread,
+        median_ratio(fastest.decode, variant.decode), median_ratio(fastest.seconds, variant.seconds), predicted,
+        variant.tokens / max(1, requests),
+        sum(nodes for *_, nodes in variant.log.rounds) / max(1, requests), 1e3 * variant.parts["draft_seconds"] / count,
+        1e3 * variant.parts["verify_seconds"] / count, 1e3 * variant.parts["overhead_seconds"] / count,
+        variant.parts["prefill_seconds"] / sum(variant.seconds),
+        sum(mine != right for mine, right in zip(variant.answers, own.answers, strict=True)),
+    ]  # fmt: skip
+
+
+def branch_rows(options: argparse.Namespace) -> list[list]:
+    """Each compressor branch, and the gate, on the same questions under one tree, greedy, batch 1."""
+    target = load_target(options.vlm, dtype=DTYPES[options.types[-1]], device=options.device)
+    asked, limits = questions(options, target), TREES["bush 8"]
+    draft, context = load_draft(options.draft, target), context_for(asked, target)
+    rows = []
+    for branch in (None, *(branch for branch in BRANCHES if branch in draft.compressor.branches)):
+        drafter = EagleDrafter(
+            draft, target.vlm, num_slots=1, capacity=context + limits.width * limits.max_depth, branch=branch
+        )
+        engine = Engine(target, EngineConfig(max_batch=1, context=context), drafter, FixedController(limits))
+        engine.run(asked)
+        stats = engine.stats()
+        before, after = (total / max(1, sum(drafter.branches.values())) for total in drafter.visual_tokens)
+        chose = ", ".join(f"{name} {count}" for name, count in sorted(drafter.branches.items()))
+        per_round = 1e3 * (stats.draft_seconds - drafter.prompt_seconds) / max(1, stats.rounds)
+        prompt = 1e3 * drafter.prompt_seconds / len(asked)
+        rows.append([branch or draft.config.compressor.mode, before, after, stats.tokens_per_round, per_round, prompt, chose])
+    return rows
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

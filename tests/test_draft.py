@@ -1,0 +1,220 @@
+"""The trained draft: what training shows it is what drafting does, it may change or lose its images, and it never changes an
+answer.
+"""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from multimodal.compressor import BRANCHES, CompressorConfig
+from multimodal.decoder import Decoder
+from multimodal.sampling import SamplingConfig
+from serve.controller import FixedController
+from serve.draft_loss import Dialogue, DistillationConfig, DistillationLoss, Teacher, rollout_mask
+from serve.draft_model import DraftModel, DraftModelConfig
+from serve.drafters import DraftLimits
+from serve.eagle_drafter import EagleDrafter
+from serve.engine import Engine, EngineConfig
+from serve.request import Request
+from serve.target import cast
+from serve.tree import TreeBuilder
+from tests.tiny_vlm import VOCAB, naive, request, target
+
+BUSH = DraftLimits(max_nodes=10, max_depth=4, width=3)
+
+
+def build_draft(seed: int = 0, mode: str = "select", dtype: torch.dtype = torch.float64, **changes) -> DraftModel:
+    torch.manual_seed(seed)
+    config = DraftModelConfig(compressor=CompressorConfig(mode=mode, prune_ratio=2.0, pool_ratio=4.0), **changes)
+    return cast(DraftModel(config, target().vlm), dtype)
+
+
+def build(draft: DraftModel, limits: DraftLimits = BUSH, max_batch: int = 3, controller=None) -> Engine:
+    drafter = EagleDrafter(draft, target().vlm, num_slots=max_batch, capacity=64 + 40, chunk=5)
+    config = EngineConfig(max_batch=max_batch, context=64, prefill_chunk=7, max_nodes=VOCAB)
+    return Engine(target(), config, drafter, controller or FixedController(limits))
+
+
+def answers(engine: Engine, requests: list[Request]) -> list[list[int]]:
+    return [list(finished.token_ids) for finished in engine.run(requests)]
+
+
+def dialogue(index: int, size: int = 12) -> tuple[Dialogue, Request]:
+    asked = request(index, sampling=SamplingConfig(), max_tokens=size, ignore_eos=True)
+    said = naive(target(), asked)
+    flags = (False,) * len(asked.prompt) + (True,) * len(said)
+    return Dialogue(tuple(asked.images), (*asked.prompt, *said), flags), asked
+
+
+def training_features(draft: DraftModel, taught: Dialogue, rollout: int) -> list[dict[int, torch.Tensor]]:
+    """What the draft estimates in training: of each rollout step, feature by position."""
+    loss = DistillationLoss(Teacher(target()), DistillationConfig(rollout=rollout, feature_noise=0.0))
+    with torch.no_grad():
+        entries = loss._entries(draft, loss.teacher([taught]), torch.Generator())
+        steps = loss._rollout(draft, entries)
+    return [dict(zip(entries.positions[0].tolist(), step[0], strict=True)) for step in steps]
+
+
+@pytest.mark.parametrize("mode", ["pool", "none", "text_only"])
+@pytest.mark.parametrize("index", [3, 4, 8])  # none, one, two images
+def test_drafting_meets_what_training_showed(index, mode, monkeypatch):
+    """Level s of drafting after token j gives the feature that rollout step s gives at j + s, for drafts that are right."""
+    draft, depth = build_draft(mode=mode), 4
+    taught, asked = dialogue(index)
+    expected = training_features(draft, taught, depth)
+    whole = target().vlm.expand_prompt(taught.ids, len(taught.images))
+    limits = DraftLimits(max_nodes=VOCAB * depth, max_depth=depth, width=VOCAB)
+    engine, seen = build(draft, limits, 1), []
+    ranked = engine.drafter._ranked
+
+    def record(hidden, generations, level, count):
+        seen.append((generations[0].num_tokens - 1 + level, level, hidden[0, 0]))
+        return ranked(hidden, generations, level, count)
+
+    def follow(self, candidates, count, least_score=-np.inf):
+        position = seen[-1][0] + 1
+        return [node for node in candidates if position < len(whole) and self.tokens[node] == whole[position]]
+
+    monkeypatch.setattr(engine.drafter, "_ranked", record)
+    monkeypatch.setattr(TreeBuilder, "likeliest", follow)
+    assert answers(engine, [asked]) == [list(taught.ids[len(asked.prompt) :])]
+    assert {level for _, level, _ in seen} == set(range(depth))
+    for position, level, hidden in seen:
+        torch.testing.assert_close(hidden, expected[level][position])
+
+
+def test_only_what_drafting_meets_is_supervised():
+    """Entry j of step s: the root and the s tokens before are answer tokens, and so is the token to be guessed."""
+    taught = Dialogue((), (9, 8, 20, 21, 22, 9, 23, 24), (False, False, True, True, True, False, True, True))
+    loss = DistillationLoss(Teacher(target()), DistillationConfig(rollout=3))
+    entries = loss._entries(build_draft(mode="text_only"), loss.teacher([taught]), torch.Generator())
+    found = [entries.positions[valid].tolist() for valid in entries.supervised(3)]
+    assert found == [[2, 3, 6], [3], []]
+
+
+def test_a_rollout_mask_is_the_path_of_a_draft():
+    first, second = rollout_mask(0, 4), rollout_mask(2, 4)
+    assert torch.equal(first, torch.ones(4, 4).tril().bool())
+    assert second[3].int().tolist() == [1, 1, 0, 0] + [0, 0, 1, 0] + [0, 0, 0, 1]  # true up to 3 - 2, step 1 at 2, itself
+
+
+@pytest.mark.parametrize("mode", ["select", "weighted", "concat", "text_only"])
+@pytest.mark.parametrize("max_batch", [1, 3])
+def test_no_draft_changes_an_answer(mode, max_batch):
+    asked = [request(index) for index in range(12)]
+    engine = build(build_draft(mode=mode), max_batch=max_batch)
+    assert answers(engine, asked) == [naive(target(), each) for each in asked]
+    assert engine.stats().spec_decode_num_draft_tokens > 0
+
+
+def test_swapping_compressor_and_gate_in_mid_run_changes_nothing(monkeypatch):
+    asked = [request(index) for index in range(12)]
+    draft, random = build_draft(), np.random.default_rng(0)
+    compressor = draft.compressor
+
+    def swap(*arguments, **options):
+        with torch.no_grad():
+            for parameter in draft.compressor.parameters():
+                parameter.normal_(generator=torch.Generator().manual_seed(int(random.integers(99))))
+        return compressor.forward(*arguments, **{**options, "branch": str(random.choice(BRANCHES))})
+
+    monkeypatch.setattr(draft.compressor, "__call__", swap, raising=False)
+    engine = build(draft)
+    engine.drafter.model.compress = lambda images, question, seeds, branch: swap(images, question, seeds=seeds)
+    assert answers(engine, asked) == [naive(target(), each) for each in asked]
+    assert len(engine.drafter.branches) > 2
+
+
+def test_a_draft_whose_image_is_gone_goes_on_without_it():
+    asked = [request(index) for index in (4, 5, 8)]
+    engine = build(build_draft(mode="pool"))
+    engine.image_cache.max_bytes = 1  # nothing is kept
+    assert answers(engine, asked) == [naive(target(), each) for each in asked]
+    assert engine.drafter.branches == {} and engine.stats().spec_decode_num_draft_tokens > 0
+
+
+class OnAndOff(FixedController):
+    """Drafts in some rounds only."""
+
+    def plan(self, generations):
+        self.round = getattr(self, "round", 0) + 1
+        off = DraftLimits(0, 0, 0)
+        return [self.limits if (self.round // 3 + row) % 2 else off for row in range(len(generations))]
+
+
+def test_drafting_can_stop_and_start_again_without_loss(monkeypatch):
+    """The draft read lazily what the target did meanwhile: it estimates what it would have."""
+    draft = build_draft(mode="pool")
+    taught, asked = dialogue(4, 20)
+    (expected,) = training_features(draft, taught, 1)
+    engine, seen = build(draft, max_batch=1, controller=OnAndOff(BUSH)), []
+    catch_up = engine.drafter._catch_up
+
+    def record(generations):
+        hidden = catch_up(generations)
+        seen.append((generations[0].num_tokens - 1, hidden[0]))
+        return hidden
+
+    monkeypatch.setattr(engine.drafter, "_catch_up", record)
+    assert answers(engine, [asked]) == [list(taught.ids[len(asked.prompt) :])]
+    assert 0 < len(seen) < engine.stats().rounds
+    for position, hidden in seen:
+        torch.testing.assert_close(hidden, expected[position])
+
+
+def test_a_trimmed_head_drafts_only_its_ids():
+    ids = list(range(5, 300, 3))
+    torch.manual_seed(0)
+    config = DraftModelConfig(head_size=len(ids), compressor=CompressorConfig(mode="text_only"))
+    draft = cast(DraftModel(config, target().vlm, ids), torch.float64)
+    engine, drafted = build(draft), []
+    propose = engine.drafter.propose
+    engine.drafter.propose = lambda *arguments: drafted.extend(propose(*arguments)) or drafted[-len(arguments[0]) :]
+    asked = [request(index) for index in range(9)]
+    assert answers(engine, asked) == [naive(target(), each) for each in asked]
+    said = {token for tree in drafted for token in tree.tokens[1:]}
+    assert said and said <= set(ids)
+    with pytest.raises(ValueError, match="head ids"):
+        DraftModel(config, target().vlm, ids[:-1])
+
+
+def test_the_draft_is_the_one_decoder_and_its_config_survives_its_dictionary():
+    config = DraftModelConfig(num_layers=2, head_size=99, compressor=CompressorConfig(mode="concat"))
+    draft = DraftModel(config, target().vlm)
+    assert type(draft.decoder) is type(target().vlm.decoder) is Decoder and len(draft.decoder.blocks) == 2
+    assert DraftModelConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize("mode", ["select", "weighted", "concat"])
+def test_distillation_teaches(mode):
+    """The loss falls, every part is trained, and what was learnt is accepted more often."""
+    torch.manual_seed(0)
+    dialogues = [dialogue(index, 16)[0] for index in range(6)]
+    draft = build_draft(mode=mode, dtype=torch.float32)
+    teacher = Teacher(replace(target(1), vlm=cast(_copy(target().vlm), torch.float32)))
+    loss_step = DistillationLoss(teacher, DistillationConfig(rollout=2))
+    optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
+    losses, generator = [], torch.Generator().manual_seed(0)
+    touched: set[str] = set()
+    for _ in range(80):
+        terms = loss_step(draft.train(), dialogues, generator)
+        optimizer.zero_grad()
+        (terms.loss_sum / terms.normalizer).backward()
+        gradients = {name: weight.grad for name, weight in draft.named_parameters() if weight.grad is not None}
+        touched |= {name for name, gradient in gradients.items() if gradient.abs().sum() > 0}
+        optimizer.step()
+        losses.append(float(terms.loss_sum.detach()) / terms.normalizer)
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert touched == {name for name, _ in draft.named_parameters()}
+    asked = [dialogue(index, 16)[1] for index in range(6)]
+    before, after = build(build_draft(mode=mode)), build(cast(draft, torch.float64))
+    assert answers(before, asked) == answers(after, asked)
+    assert after.stats().tokens_per_round > before.stats().tokens_per_round + 0.5
+
+
+def _copy(vlm):
+    import copy
+
+    return copy.deepcopy(vlm)
