@@ -137,6 +137,18 @@ PRESETS: Mapping[str, VLMConfig] = {
         vocab_size=32_064,
         num_cameras=1,
     ),
+    # 20 M parameters: sees, answers and, as it has the policy's two cameras, acts; what two cores can train in hours.
+    "desk-vlm": VLMConfig(
+        vision=VisionConfig(name="resnet18", stage=3, image_size=112),
+        decoder=DecoderConfig(hidden_size=320, num_layers=12, num_heads=5, mlp_size=832),
+        vocab_size=8192,
+    ),
+    # The same for a GPU: 93 M parameters.
+    "desk-vlm-l": VLMConfig(
+        vision=VisionConfig(name="resnet34", stage=3, image_size=112),
+        decoder=DecoderConfig(hidden_size=640, num_layers=16, num_heads=10, mlp_size=1728),
+        vocab_size=8192,
+    ),
 }
 
 

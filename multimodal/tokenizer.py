@@ -81,9 +81,14 @@ class TextTokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocab_size: int = 1024, kind: Literal["word", "bpe"] = "word"
+    texts: Iterable[str],
+    vocab_size: int = 1024,
+    kind: Literal["word", "bpe"] = "word",
+    extra_tokens: Sequence[str] = (),
 ) -> TextTokenizer:
-    """Learn a vocabulary of at most `vocab_size` ids, the three special ones included.
+    """Learn a vocabulary of at most `vocab_size` ids, the three special ones and `extra_tokens` included.
+
+    extra_tokens: further special tokens, with the ids from 3 on; found by `token_id`, never in what text encodes to.
 
     word: lower-cased words and punctuation marks, most frequent first (ties by spelling); enough for a suite's
         instructions, unseen words become <unk>. Raises ValueError if the words do not fit into `vocab_size`.
@@ -94,23 +99,28 @@ def train_tokenizer(
         tokenizer = Tokenizer(models.WordLevel(unk_token=UNK))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-        tokenizer.add_special_tokens([PAD, UNK, BOS])
+        special = [PAD, UNK, BOS, *extra_tokens]
+        tokenizer.add_special_tokens(special)
         words = sorted({word for text in texts for word in _words(tokenizer, text)})
-        if len(words) + 3 > vocab_size:
+        if len(words) + len(special) > vocab_size:
             raise ValueError(
-                f"The texts have {len(words)} distinct words, vocab_size {vocab_size} holds {vocab_size - 3}: raise it to "
-                f"{len(words) + 3} or use kind='bpe'."
+                f"The texts have {len(words)} distinct words, vocab_size {vocab_size} holds {vocab_size - len(special)}: raise "
+                f"it to {len(words) + len(special)} or use kind='bpe'."
             )
-        tokenizer.model = models.WordLevel({token: index for index, token in enumerate([PAD, UNK, BOS, *words])}, UNK)
+        tokenizer.model = models.WordLevel({token: index for index, token in enumerate([*special, *words])}, UNK)
     elif kind == "bpe":
-        if vocab_size < 259:
-            raise ValueError(f"Byte-level BPE needs vocab_size >= 259 (256 bytes and 3 special tokens), got {vocab_size}.")
+        special = [PAD, UNK, BOS, *extra_tokens]
+        if vocab_size < 256 + len(special):
+            raise ValueError(
+                f"Byte-level BPE needs vocab_size >= {256 + len(special)} (256 bytes and {len(special)} special tokens), got "
+                f"{vocab_size}."
+            )
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=[PAD, UNK, BOS], initial_alphabet=alphabet, show_progress=False
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
         )
         tokenizer.train_from_iterator(texts, trainer)
     else:

@@ -164,6 +164,8 @@ class LiberoEnvironment:
     right. They and the state are those of the instant at which LIBERO's own loop observes.
     """
 
+    images_are_mirrored = True
+
     def __init__(self, suite: Suite, image_size: int, protocol: Protocol):
         import_libero()
         self.assets = describe_assets()
@@ -173,6 +175,16 @@ class LiberoEnvironment:
         self._protocol = protocol
         self._names = task_names(suite.name)
         self._task: int | None = None
+
+    @property
+    def arm(self) -> Arm:
+        """The model of the task at hand, for those who need more than a World."""
+        return self._arm
+
+    @property
+    def task_name(self) -> str:
+        """File name of the task at hand; in libero_90 and libero_10 it begins with its scene, `KITCHEN_SCENE3_...`."""
+        return self._names[self._task]
 
     def instruction(self, task: int) -> str:
         check_task(self._suite, task)

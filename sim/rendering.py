@@ -121,6 +121,7 @@ class Renderer:
         self._option = mujoco.MjvOption()
         self._option.geomgroup[:] = 0
         self._option.geomgroup[DRAWN_GROUP] = 1
+        self._site_groups = self._option.sitegroup.copy()
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
         self._perturbation = mujoco.MjvPerturb()
@@ -133,6 +134,22 @@ class Renderer:
 
         Raises ValueError naming the model's cameras if there is none of that name.
         """
+        return self._draw(camera, size, identities=False)
+
+    def bodies(self, camera: str, size: int) -> np.ndarray:
+        """The MuJoCo body that each pixel of `frame` shows, int32 [size, size], upright; -1 where it shows none."""
+        import mujoco
+
+        pixels = self._draw(camera, size, identities=True).astype(np.int32)
+        numbers = pixels @ np.array([1, 256, 65536])  # 0 is the background, i + 1 the geom that MuJoCo calls i in this scene
+        body_of = np.full(MAX_GEOMS + 1, -1, np.int32)
+        for geom in self._scene.geoms[: self._scene.ngeom]:
+            if geom.segid >= 0 and geom.objtype == mujoco.mjtObj.mjOBJ_GEOM:
+                body_of[geom.segid + 1] = self._model.geom_bodyid[geom.objid]
+        return body_of[numbers]
+
+    def _draw(self, camera: str, size: int, *, identities: bool) -> np.ndarray:
+        """The frame, uint8 [size, size, 3]; with `identities` each geom in a flat colour that is its number."""
         import mujoco
 
         camera_id = mujoco.mj_name2id(self._model, mujoco.mjtObj.mjOBJ_CAMERA, camera)
@@ -145,7 +162,11 @@ class Renderer:
         if size > self._context.offWidth:
             mujoco.mjr_resizeOffscreen(size, size, self._context)
         self._camera.fixedcamid = camera_id
+        # robosuite hides sites by a negative opacity, which flat colours would ignore
+        self._option.sitegroup[:] = 0 if identities else self._site_groups
         self._update_scene(camera_id)
+        for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
+            self._scene.flags[flag] = identities
         viewport = mujoco.MjrRect(0, 0, size, size)
         pixels = np.empty((size, size, 3), np.uint8)
         mujoco.mjr_render(viewport, self._scene, self._context)

@@ -4,7 +4,7 @@ import contextlib
 import importlib.util
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -180,6 +180,26 @@ class Arm:
         """uint8 [size, size, 3], upright; camera is a name of the spec ("base", "wrist") or of the MuJoCo model."""
         return self._renderer.frame(CAMERA_NAMES.get(camera, camera), size)
 
+    def bodies_seen(self, camera: str, size: int) -> np.ndarray:
+        """The MuJoCo body at each pixel of `frame`, int32 [size, size]; -1 for none."""
+        return self._renderer.bodies(CAMERA_NAMES.get(camera, camera), size)
+
+    def camera_pose(self, camera: str) -> tuple[np.ndarray, np.ndarray, float]:
+        """Position [3] m and axes [3, 3] (columns right, up, backwards) in the world, and field of view, rad, of `frame`."""
+        index, data = self.model.camera(CAMERA_NAMES.get(camera, camera)).id, self._observed.data
+        fov = float(np.radians(self.model.cam_fovy[index]))
+        return data.cam_xpos[index].copy(), data.cam_xmat[index].reshape(3, 3).copy(), fov
+
+    @property
+    def boxes(self) -> Mapping[str, BodyBox]:
+        """Name in the World -> collision box of each object and fixture; regions have none."""
+        return self._boxes
+
+    def forward(self) -> None:
+        """After somebody wrote into `data.qpos`: recompute what follows from it, and let the cameras see it."""
+        self.environment.sim.forward()
+        self._observed.take(self.data)
+
     def world(self, goal: tuple[tuple[str, ...], ...]) -> World:
         data = self.data
         touching = np.zeros((len(self._boxes), 2), bool)
@@ -219,6 +239,7 @@ class RobosuiteEnvironment:
     """Lift or Stack with a Panda arm. See sim.environment.Environment for the contract of each method."""
 
     num_tasks = 1
+    images_are_mirrored = False
 
     def __init__(self, suite: Suite, image_size: int):
         robosuite = import_robosuite()
@@ -229,6 +250,11 @@ class RobosuiteEnvironment:
             environment = robosuite.make(ROBOSUITE_NAMES[suite.name], robots="Panda", **make_options())
             environment.reset()
         self._arm = Arm(environment, BODY_NAMES[suite.name])
+
+    @property
+    def arm(self) -> Arm:
+        """The model itself, for those who need more than a World."""
+        return self._arm
 
     def instruction(self, task: int) -> str:
         check_task(self._suite, task)

@@ -21,6 +21,7 @@ MAX_LINES = 400
 
 # What a robot needs to talk to a server, and what a simulator process needs to run an episode.
 TORCH_FREE = (
+    "multimodal.corpus_file",
     "vla.interface",
     "vla.home",
     "vla.chunking",
@@ -54,6 +55,15 @@ TORCH_FREE = (
     "sim.folder_lock",
     "sim.experts.skills",
     "sim.experts.programs",
+    "sim.corpus",
+    "sim.corpus_plan",
+    "sim.corpus_worker",
+    "sim.corpus_episode",
+    "sim.scene_state",
+    "sim.scene_facts",
+    "sim.scene_reader",
+    "sim.scene_shuffle",
+    "sim.language.texts",
 )
 HEAVY = {"torch", "lerobot", "libero", "robosuite", "mujoco", "transformers", "timm", "open_clip"}
 

@@ -20,9 +20,10 @@ T = TypeVar("T")
 class Verb:
     """One line of `vla --help`."""
 
-    target: str  # "module:function", called with the rest of the command line
+    target: str  # "module:function", called with the rest of the command line, or with the settings read from it
     summary: str
     example: str
+    config: str = ""  # "module:class" of these settings, for verbs of packages below this one, which cannot read a command line
 
 
 GROUPS: dict[str, dict[str, Verb]] = {
@@ -45,6 +46,17 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "sim.dagger:main",
             "correct a policy where it errs: roll out, label, train on",
             "vla dagger --policy=RUN/checkpoints/last/policy --dataset='[DATA]' --suite=robosuite_lift --rounds=3",
+        ),
+        "corpus": Verb(
+            "sim.corpus:main",
+            "simulator scenes with texts that are true of them -> parquet",
+            "vla corpus --scenes=6000 --workers=2",
+        ),
+        "train-vlm": Verb(
+            "multimodal.train_vlm:run",
+            "corpus -> vision-language model",
+            "vla train-vlm --config_path configs/desk_vlm.yaml --corpus=DATA --output_dir=RUN",
+            config="multimodal.train_vlm:TrainVLMConfig",
         ),
         "eval": Verb(
             "sim.evaluate:main",
@@ -95,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name not in VERBS:
             near = difflib.get_close_matches(name, VERBS, n=1)
             raise ValueError(f"no verb {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Verbs: {', '.join(VERBS)}.")
-        return resolve(VERBS[name].target)(rest) or 0
+        verb = VERBS[name]
+        settings = parse_config(resolve(verb.config), rest, verb=name) if verb.config else rest
+        return resolve(verb.target)(settings) or 0
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}" if str(interrupt) else "interrupted", file=sys.stderr)
         return 130

@@ -1,0 +1,102 @@
+"""A checkpoint folder that alone makes a vision-language model: config, tokenizer, image settings, cameras, weights."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
+from multimodal.config import DecoderConfig, VisionConfig, VLMConfig
+from multimodal.images import ImageConfig
+from multimodal.tokenizer import TextTokenizer
+from multimodal.vlm import VLM
+
+FORMAT = "remask-vlm-1"
+
+
+@dataclass(frozen=True)
+class VLMAssets:
+    """All of a VLM but its weights."""
+
+    config: VLMConfig
+    tokenizer: TextTokenizer
+    images: ImageConfig
+    cameras: tuple[str, ...]  # in the order of the images axis
+    image_size: int  # pixels of the frames that `images` prepares
+    provenance: dict[str, Any] = field(default_factory=dict)  # corpus, seed, steps
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write the checkpoint folder, atomically."""
+        images = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self.images).items()}
+        save_checkpoint(
+            folder,
+            model_state=weights,
+            config={"format": FORMAT, "vlm": vlm_config_to_dict(self.config), "images": images},
+            blobs={
+                "tokenizer.json": self.tokenizer.to_json(),
+                "schema.json": json.dumps({"cameras": list(self.cameras), "image_size": self.image_size}, indent=1),
+                "provenance.json": json.dumps(self.provenance, indent=1),
+            },
+        )
+
+    @classmethod
+    def load(cls, folder: Path | str) -> tuple["VLMAssets", dict[str, Tensor]]:
+        """The assets and the weights. Raises FileNotFoundError or ValueError saying what is wrong with the folder."""
+        checkpoint = load_checkpoint(folder)
+        config = checkpoint.config
+        if config.get("format") != FORMAT:
+            raise ValueError(
+                f"{checkpoint.folder} holds format {config.get('format')!r}; a vision-language model has {FORMAT!r}. Name the "
+                "`policy` folder of a run of `vla train-vlm`."
+            )
+        images = {name: tuple(value) if isinstance(value, list) else value for name, value in config["images"].items()}
+        schema = json.loads(checkpoint.text("schema.json"))
+        assets = cls(
+            config=vlm_config_from_dict(config["vlm"]),
+            tokenizer=TextTokenizer.from_json(checkpoint.text("tokenizer.json")),
+            images=ImageConfig(**images),
+            cameras=tuple(schema["cameras"]),
+            image_size=schema["image_size"],
+            provenance=json.loads(checkpoint.text("provenance.json")),
+        )
+        return assets, checkpoint.state
+
+
+@dataclass(frozen=True)
+class LoadedVLM:
+    """What `load_vlm` gives."""
+
+    model: VLM  # in eval mode
+    assets: VLMAssets
+    content_hash: str  # of the folder
+
+
+def load_vlm(path: str | Path, *, device: str = "cpu") -> LoadedVLM:
+    """The model of a checkpoint folder. Raises FileNotFoundError without a checkpoint, ValueError for one that does not fit."""
+    assets, weights = VLMAssets.load(path)
+    unfetched = replace(assets.config, vision=replace(assets.config.vision, pretrained=None))  # the weights are here
+    model = VLM(unfetched)
+    load_weights(model, weights, path)
+    return LoadedVLM(model.to(device).eval(), assets, checkpoint_hash(path))
+
+
+def vlm_config_to_dict(config: VLMConfig) -> dict[str, Any]:
+    """Plain dicts, lists and numbers, as YAML writes them."""
+    values = asdict(config)
+    values["decoder"]["rotary_sections"] = list(config.decoder.rotary_sections)
+    values["vision"]["options"] = {name: _plain(value) for name, value in config.vision.options.items()}
+    return values
+
+
+def vlm_config_from_dict(values: Mapping[str, Any]) -> VLMConfig:
+    """Inverse of `vlm_config_to_dict`. Raises TypeError on a missing or unknown field."""
+    rest = {name: value for name, value in values.items() if name not in ("vision", "decoder")}
+    decoder = {**values["decoder"], "rotary_sections": tuple(values["decoder"]["rotary_sections"])}
+    return VLMConfig(vision=VisionConfig(**values["vision"]), decoder=DecoderConfig(**decoder), **rest)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
