@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sim import demonstration
+from vla.episodes import Episode
 from vla.frame_cache import FrameCacheWriter
 from vla.interface import RobotSpec
 from vla.stored_images import image_storage
@@ -39,7 +40,8 @@ def pack(root: Path, spec: RobotSpec, paths: Sequence[Path], *, source: str, cac
                     episode.images, episode.state, episode.action, instruction=episode.instruction, task=episode.task
                 )
         return {"cache_bytes": folder_bytes(cache)}
-    from vla.lerobot_dataset import build_frame_cache, write_dataset
+    from vla.lerobot_dataset import build_frame_cache
+    from vla.lerobot_writer import write_dataset
 
     packing = root / "packing"
     shutil.rmtree(packing, ignore_errors=True)
@@ -59,9 +61,7 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def _episodes(paths: Sequence[Path]) -> Iterator:
-    from vla.lerobot_dataset import Episode
-
+def _episodes(paths: Sequence[Path]) -> Iterator[Episode]:
     for episode in map(demonstration.load, paths):
         yield Episode(
             images=episode.images,

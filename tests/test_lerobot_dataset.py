@@ -1,14 +1,24 @@
 """lerobot's reader opens what we write, bit for bit; the cache holds the same; nothing asks the network."""
 
+import json
+import os
 import shutil
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
+from vla.episodes import Episode
 from vla.frame_cache import FrameCache
 from vla.interface import RobotSpec
-from vla.lerobot_dataset import Episode, build_frame_cache, read_episodes, write_dataset
+from vla.feature_map import binary_dimensions
+from vla.lerobot_dataset import build_frame_cache, read_episodes, resolve
+from vla.lerobot_metadata import DatasetMetadata
+from vla.lerobot_writer import write_dataset
 
 pytest.importorskip("lerobot")
 
@@ -143,19 +153,85 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
     assert not (tmp_path / "dataset").exists()
 
 
-def test_a_data_set_of_others_needs_a_spec_and_names_its_cameras(dataset_root, tmp_path):
+def test_a_data_set_of_others_is_read_by_its_features(dataset_root, tmp_path):
+    """Without our side file: names, sizes and the binary gripper come from the data; task numbers are lerobot's."""
     foreign = tmp_path / "foreign"
     shutil.copytree(dataset_root, foreign)
     (foreign / "meta" / "remask.json").unlink()
-    with pytest.raises(ValueError, match="give a RobotSpec"):
-        next(read_episodes(foreign))
-    renamed = RobotSpec(**{**SPEC.to_dict(), "cameras": ("front", "wrist")})
-    with pytest.raises(ValueError, match=r"no feature 'observation.images.front'.*camera_keys"):
-        next(read_episodes(foreign, spec=renamed))
-    keys = {"front": "observation.images.base"}
-    episode = next(read_episodes(foreign, spec=renamed, camera_keys=keys))
-    np.testing.assert_array_equal(episode.images["front"], EPISODES[0].images["base"])
-    assert episode.task == 0  # lerobot's number, for want of the suite's
+    meta = DatasetMetadata.open(foreign)
+    spec, _ = resolve(meta)
+    assert (spec.cameras, spec.image_size, spec.control_hz) == (SPEC.cameras, 32, 20.0)
+    assert (spec.state_names, spec.action_names, spec.binary_actions) == (SPEC.state_names, SPEC.action_names, ())
+    assert [episode.task for episode in read_episodes(foreign)] == [0, 1, 0]
+    assert binary_dimensions(np.array([[1.0, -1, 0.5], [-1, -1, 1]])) == (0,)
+
+
+def test_a_missing_camera_lists_both_sides_and_suggests_a_map_that_works(dataset_root):
+    renamed = RobotSpec(**{**SPEC.to_dict(), "cameras": ("exterior", "hand")})
+    with pytest.raises(ValueError) as error:
+        next(read_episodes(dataset_root, spec=renamed))
+    text = str(error.value)
+    assert "Wanted: exterior, hand" in text and "observation.images.base, observation.images.wrist" in text
+    suggestion = yaml.safe_load(text.split("--cameras='")[1].split("'")[0])
+    episode = next(read_episodes(dataset_root, spec=renamed, cameras=suggestion))
+    np.testing.assert_array_equal(episode.images["exterior"], EPISODES[0].images["base"])
+    np.testing.assert_array_equal(episode.images["hand"], EPISODES[0].images["wrist"])
+    short = next(read_episodes(dataset_root, cameras={"one": "wrist"}))
+    np.testing.assert_array_equal(short.images["one"], EPISODES[0].images["wrist"])
+    with pytest.raises(ValueError, match="nothing for camera 'one'.*observation.images.base"):
+        next(read_episodes(dataset_root, cameras={"one": "left"}))
+
+
+@pytest.mark.parametrize("version", ["v2.1", "v2.0", "v4.0"])
+def test_another_version_is_one_error_with_the_command(dataset_root, tmp_path, version):
+    old = tmp_path / "old"
+    shutil.copytree(dataset_root, old)
+    info = json.loads((old / "meta" / "info.json").read_text())
+    (old / "meta" / "info.json").write_text(json.dumps(info | {"codebase_version": version}))
+    (old / "meta" / "tasks.parquet").unlink()  # v2 has none: the version is looked at first
+    command = f"convert_dataset_v21_to_v30 --repo-id=old --root={tmp_path}" if version != "v4.0" else "lerobot 0.4"
+    with pytest.raises(ValueError, match=f"{version}; this reads v3.0.*{command}"):
+        next(read_episodes(old))
+
+
+def as_version_2(root: Path, old: Path) -> None:
+    """The same data set as lerobot 0.3 laid it out: one file per episode, JSON lines."""
+    import pyarrow.parquet as pq
+
+    meta = DatasetMetadata.open(root)
+    (old / "meta").mkdir(parents=True)
+    (old / "data" / "chunk-000").mkdir(parents=True)
+    (table,) = (pq.read_table(path) for path in meta.data_paths)
+    lines: dict[str, list] = {"episodes": [], "episodes_stats": []}
+    first = 0
+    for number, length in enumerate(LENGTHS):
+        pq.write_table(table.slice(first, length), old / "data" / "chunk-000" / f"episode_{number:06d}.parquet")
+        first += length
+        lines["episodes"].append({"episode_index": number, "tasks": [EPISODES[number].instruction], "length": length})
+        stats = {key: {"min": [0.0], "max": [1.0], "mean": [0.5], "std": [0.5], "count": [length]} for key in ("action",)}
+        lines["episodes_stats"].append({"episode_index": number, "stats": stats})
+    lines["tasks"] = [{"task_index": index, "task": text} for index, text in enumerate(meta.tasks)]
+    for name, rows in lines.items():
+        (old / "meta" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet"
+    changes = {"codebase_version": "v2.1", "data_path": path, "total_chunks": 1, "total_videos": 0}
+    (old / "meta" / "info.json").write_text(json.dumps(meta.info | changes))
+
+
+@pytest.mark.check
+def test_the_command_that_the_error_names_mends_a_version_2_data_set(dataset_root, tmp_path):
+    old = tmp_path / "old"
+    as_version_2(dataset_root, old)
+    with pytest.raises(ValueError) as error:
+        next(read_episodes(old))
+    command = str(error.value).split("python ")[1].split("   (")[0]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run([sys.executable, *command.split()], env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    for got, expected in zip(read_episodes(old), EPISODES, strict=True):
+        np.testing.assert_array_equal(got.images["base"], expected.images["base"])
+        np.testing.assert_array_equal(got.action, expected.action)
+        assert got.instruction == expected.instruction
 
 
 def test_missing_and_incomplete_data_sets_are_named(dataset_root, tmp_path):

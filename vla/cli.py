@@ -37,6 +37,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "expert episodes -> LeRobotDataset and frame cache",
             "vla collect --suite=robosuite_lift --episodes_per_task=100 --workers=2",
         ),
+        "import": Verb(
+            "sim.import_dataset:main",
+            "LeRobotDataset v3.0 or LIBERO HDF5 -> frame cache",
+            "vla import --source=FOLDER --output_dir=DATA",
+        ),
         "train": Verb(
             "vla.train:main",
             "frame cache -> policy",
@@ -74,6 +79,13 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "serve.train_draft:main",
             "vision-language model -> draft that makes it answer faster",
             "vla train-draft --vlm=RUN/checkpoints/last/policy --corpus=DATA --output_dir=DRAFT",
+        ),
+    },
+    "Exchange": {
+        "convert": Verb(
+            "vla.lerobot_plugin.convert:main",
+            "policy folder <-> LeRobot policy folder",
+            "vla convert --source=RUN/checkpoints/last/policy --output_dir=LEROBOT_POLICY",
         ),
     },
     "Measure": {

@@ -108,9 +108,16 @@ class WindowMixture:
     def __init__(self, sources: Sequence[ActionWindows], weights: Sequence[float] | None = None) -> None:
         if not sources:
             raise ValueError("A mixture needs at least one data set.")
-        shapes = {(s.action_horizon, s.cameras, s.cache.spec.image_size, s.cache.spec.action_names) for s in sources}
+        specs = [source.cache.spec for source in sources]
+        shapes = {
+            (s.action_horizon, s.cameras, spec.image_size, spec.action_names, spec.state_names)
+            for s, spec in zip(sources, specs, strict=True)
+        }
         if len(shapes) > 1:
-            raise ValueError(f"Data sets of a mixture differ in horizon, cameras, size or actions: {sorted(shapes)}.")
+            raise ValueError(
+                f"Data sets of a mixture differ in horizon, cameras, size, actions or state: {sorted(shapes)}. Bring one into "
+                "the other's form with `vla import --like=OTHER`."
+            )
         sizes = np.array([len(source) for source in sources])
         weights = sizes if weights is None else np.asarray(weights, dtype=np.float64)
         if weights.shape != sizes.shape or not (weights > 0).all():

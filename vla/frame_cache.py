@@ -136,13 +136,13 @@ class FrameCache:
         if not (root / "manifest.json").is_file():
             raise FileNotFoundError(
                 f"No frame cache at {root} (manifest.json is missing). Make one with `vla collect --suite=SUITE "
-                f"--output_dir={root}`, or from a LeRobotDataset with `python -m vla.lerobot_dataset DATASET_ROOT`."
+                f"--output_dir={root}`, or from a LeRobotDataset with `vla import --source=DATASET --output_dir={root}`."
             )
         manifest = json.loads((root / "manifest.json").read_text())
         if manifest["version"] != CACHE_VERSION:
             raise ValueError(
                 f"Frame cache {root} has version {manifest['version']}, this code reads {CACHE_VERSION}; make it again "
-                "with `python -m vla.lerobot_dataset DATASET_ROOT`."
+                "with `vla import --source=DATASET --output_dir=FOLDER`."
             )
         spec = RobotSpec.from_dict(manifest["spec"])
         lengths = np.array(manifest["episodes"]["length"], dtype=np.int64)

@@ -26,8 +26,9 @@ from vla.decoding import DecodeConfig
 from vla.frame_cache import FrameCache
 from vla.heads import HEADS, build_head
 from vla.home import remask_home
-from vla.interface import Observation
+from vla.interface import Observation, RobotSpec
 from vla.model import VLA, VLAConfig
+from vla.normalization import Statistics
 from vla.policy import PolicyAssets, TorchPolicy, load_policy, replace_pretrained
 from vla.transforms import clean_instruction
 
@@ -71,9 +72,29 @@ class TrainConfig:
 
 def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
     """Everything of the policy that follows from the data and the settings."""
-    spec = mixture.sources[0].cache.spec
-    state_statistics, action_statistics = mixture.statistics()
-    instructions = sorted({clean_instruction(text) for source in mixture.sources for text in source.cache.instructions})
+    provenance = {
+        "datasets": [source.cache.root.name for source in mixture.sources],
+        "tasks": config.dataset.tasks,
+        "frames": len(mixture),
+        "episodes": sum(source.cache.num_episodes for source in mixture.sources),
+        "seed": config.training.seed,
+        "objective": config.objective,
+        "training": asdict(config.training),
+    }
+    instructions = [text for source in mixture.sources for text in source.cache.instructions]
+    return assemble_assets(config, mixture.sources[0].cache.spec, mixture.statistics(), instructions, provenance)
+
+
+def assemble_assets(
+    config: TrainConfig,
+    spec: RobotSpec,
+    statistics: tuple[Statistics, Statistics],
+    instructions: Sequence[str],
+    provenance: dict[str, Any],
+) -> PolicyAssets:
+    """A fresh policy's assets for one robot; `statistics` are those of (state, action) over the training frames."""
+    state_statistics, action_statistics = statistics
+    instructions = sorted({clean_instruction(text) for text in instructions})
     text_tokenizer = train_tokenizer(instructions)
     action_tokenizer = ActionTokenizer.from_statistics(
         action_statistics, binary=spec.binary_actions, num_bins=config.model.num_bins
@@ -90,15 +111,6 @@ def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
         num_action_ids=action_tokenizer.vocab_size,
         slots=HEADS[config.head.type].slots,
     )
-    provenance = {
-        "datasets": [source.cache.root.name for source in mixture.sources],
-        "tasks": config.dataset.tasks,
-        "frames": len(mixture),
-        "episodes": sum(source.cache.num_episodes for source in mixture.sources),
-        "seed": config.training.seed,
-        "objective": config.objective,
-        "training": asdict(config.training),
-    }
     return PolicyAssets(
         model, spec, state_statistics, action_tokenizer, text_tokenizer, config.images, config.head, config.decode, provenance
     )
@@ -144,18 +156,33 @@ class Collator:
 
     def __call__(self, batch: Batch) -> PolicyBatch:
         inputs = self.assets.transforms.forward_batch(batch)
-        ids, mask = self.assets.text_tokenizer.encode_batch(inputs.instructions, self.assets.model.text_length)
-        tokens = torch.as_tensor(self.assets.action_tokenizer.encode(batch.actions))
-        values = torch.as_tensor(self.assets.action_tokenizer.coordinates(batch.actions))
-        unit = torch.as_tensor(self.assets.action_tokenizer.to_unit(batch.actions))
-        move = lambda tensor: tensor.to(self.device, non_blocking=True)  # noqa: E731
-        return PolicyBatch(
-            images=move(torch.as_tensor(inputs.images)),
-            state=move(torch.as_tensor(inputs.state)),
-            text_ids=move(ids),
-            text_mask=move(mask),
-            target=ActionBatch(move(tokens), move(values), move(unit), move(torch.as_tensor(batch.is_pad))),
-        )
+        images = torch.as_tensor(inputs.images)
+        return policy_batch(self.assets, images, inputs.state, inputs.instructions, batch.actions, batch.is_pad, self.device)
+
+
+def policy_batch(
+    assets: PolicyAssets,
+    images: Tensor,
+    state: np.ndarray,
+    instructions: Sequence[str],
+    actions: np.ndarray,
+    is_pad: np.ndarray,
+    device: torch.device,
+) -> PolicyBatch:
+    """A batch on the device. images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by
+    `Transforms`); actions [B, H, D] in robot units; is_pad [B, H]."""
+    ids, mask = assets.text_tokenizer.encode_batch(instructions, assets.model.text_length)
+    tokens = torch.as_tensor(assets.action_tokenizer.encode(actions))
+    values = torch.as_tensor(assets.action_tokenizer.coordinates(actions))
+    unit = torch.as_tensor(assets.action_tokenizer.to_unit(actions))
+    move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+    return PolicyBatch(
+        images=move(images),
+        state=move(torch.as_tensor(state)),
+        text_ids=move(ids),
+        text_mask=move(mask),
+        target=ActionBatch(move(tokens), move(values), move(unit), move(torch.as_tensor(is_pad))),
+    )
 
 
 class PolicyLoss:
