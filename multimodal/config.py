@@ -1,4 +1,4 @@
-"""Shapes of the image tower, the decoder and the vision-language model built from them, with named presets."""
+"""Shapes of images, the image tower, the decoder and the vision-language model built from them, with named presets."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +14,31 @@ def check_choice(owner: str, name: str, value: str, allowed: tuple[str, ...]) ->
     """Raise ValueError naming the field unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{owner}.{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """What happens between a uint8 frame and the image tower."""
+
+    crop: int = 112  # pixels of the square cut out: at random in training, the centre otherwise
+    size: int | None = None  # pixels after resizing the crop; none: the crop's own
+    brightness: float = 0.2  # factors are drawn from [1 - x, 1 + x]; 0 switches one off
+    contrast: float = 0.2
+    saturation: float = 0.2
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of values in [0, 1], per channel
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if self.crop < 1 or (self.size is not None and self.size < 1):
+            raise ValueError(f"ImageConfig.crop and .size must be positive; got {self.crop} and {self.size}.")
+        jitter = (self.brightness, self.contrast, self.saturation)
+        if not all(0.0 <= value < 1.0 for value in jitter):
+            raise ValueError(f"ImageConfig jitter (brightness, contrast, saturation) must be in [0, 1); got {jitter}.")
+
+    @property
+    def output_size(self) -> int:
+        """Height and width of what the tower sees, pixels."""
+        return self.size or self.crop
 
 
 @dataclass(frozen=True)

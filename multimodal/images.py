@@ -2,40 +2,16 @@
 
 All of it is affine per pixel, so crop, jitter and normalisation cost one pass over the cropped image: 0.3 ms for a
 128-pixel image on one busy core (`pytest -s tests/test_images.py` prints the figure of the machine at hand).
+Where there is no torch, inference uses its twin, `multimodal.numpy_images`.
 """
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multimodal.config import ImageConfig
+
 _LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as torchvision and PIL define grey
-
-
-@dataclass(frozen=True)
-class ImageConfig:
-    """What happens between a uint8 frame and the image tower."""
-
-    crop: int = 112  # pixels of the square cut out: at random in training, the centre otherwise
-    size: int | None = None  # pixels after resizing the crop; none: the crop's own
-    brightness: float = 0.2  # factors are drawn from [1 - x, 1 + x]; 0 switches one off
-    contrast: float = 0.2
-    saturation: float = 0.2
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of values in [0, 1], per channel
-    std: tuple[float, ...] = (0.5, 0.5, 0.5)
-
-    def __post_init__(self) -> None:
-        if self.crop < 1 or (self.size is not None and self.size < 1):
-            raise ValueError(f"ImageConfig.crop and .size must be positive; got {self.crop} and {self.size}.")
-        jitter = (self.brightness, self.contrast, self.saturation)
-        if not all(0.0 <= value < 1.0 for value in jitter):
-            raise ValueError(f"ImageConfig jitter (brightness, contrast, saturation) must be in [0, 1); got {jitter}.")
-
-    @property
-    def output_size(self) -> int:
-        """Height and width of what the tower sees, pixels."""
-        return self.size or self.crop
 
 
 def prepare_images(images: Tensor, config: ImageConfig, generator: torch.Generator | None = None) -> Tensor:

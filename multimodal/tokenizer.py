@@ -1,11 +1,13 @@
 """Text ids: a small word-level or byte-level BPE tokenizer over the `tokenizers` library, one JSON string per tokenizer."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
+import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from torch import Tensor
+
+if TYPE_CHECKING:  # a policy exported to ONNX tokenizes without torch
+    from torch import Tensor
 
 PAD, UNK, BOS = "<pad>", "<unk>", "<bos>"  # ids 0, 1, 2 of every tokenizer trained here
 
@@ -43,7 +45,14 @@ class TextTokenizer:
         """<bos> and the text's ids; a word never seen by a word-level tokenizer is <unk>."""
         return [self.bos_id, *self._tokenizer.encode(text, add_special_tokens=False).ids]
 
-    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> tuple[Tensor, Tensor]:
+    def encode_batch(self, texts: Sequence[str], max_length: int | None = None) -> "tuple[Tensor, Tensor]":
+        """`encode_arrays` as tensors."""
+        import torch
+
+        ids, mask = self.encode_arrays(texts, max_length)
+        return torch.from_numpy(ids), torch.from_numpy(mask)
+
+    def encode_arrays(self, texts: Sequence[str], max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Ids int64 [B, T] and mask bool [B, T] (True at text, False at padding on the right).
 
         T is `max_length`, or the longest text's length without one. Raises ValueError if a text does not fit, since
@@ -57,11 +66,11 @@ class TextTokenizer:
                     f"Text needs {len(row)} tokens (with {BOS}) but max_length is {length}: {text!r}. "
                     f"Shorten it or raise max_length."
                 )
-        ids = torch.full((len(rows), length), self.pad_id, dtype=torch.int64)
+        ids = np.full((len(rows), length), self.pad_id, dtype=np.int64)
         for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        return ids, torch.arange(length)[None] < lengths[:, None]
+            ids[index, : len(row)] = row
+        lengths = np.array([len(row) for row in rows], dtype=np.int64)
+        return ids, np.arange(length)[None] < lengths[:, None]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of the ids without special tokens. Word-level text comes back normalised (lower case, single spaces)."""

@@ -85,9 +85,12 @@ def compare(pairs: Sequence[Pair], *, resamples: int = RESAMPLES, seed: int = 0)
 
 def mcnemar(only_a: int, only_b: int) -> float:
     """Two-sided exact p-value: were the discordant pairs a fair coin's? McNemar 1947, the binomial form."""
-    discordant, fewer = only_a + only_b, min(only_a, only_b)
-    tail = sum(math.comb(discordant, k) for k in range(fewer + 1)) / 2**discordant
-    return min(1.0, 2 * tail)
+    return min(1.0, 2 * tail(only_a + only_b, max(only_a, only_b)))
+
+
+def tail(tosses: int, heads: int) -> float:
+    """Probability of at least `heads` in so many fair tosses."""
+    return sum(math.comb(tosses, count) for count in range(heads, tosses + 1)) / 2**tosses
 
 
 def table(pairs: Sequence[Pair], title: str) -> Table:

@@ -39,6 +39,7 @@ from sim.video import last_frame, success_grid, write_image
 from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
 from vla.home import remask_home
 from vla.interface import ActionChunk, Policy
+from vla.policy_folder import StoredPolicy, open_policy
 
 OUTPUT_ONLY = ("output_dir", "video_size", "gif")  # settings that change no outcome
 ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"
@@ -48,7 +49,7 @@ ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"
 class PolicySource:
     """Which policy, and how it decodes."""
 
-    path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy
+    path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy, or an exported one (`vla export`)
     device: str = "cpu"
     decode: dict[str, Any] = field(default_factory=dict)  # overrides, e.g. '{rounds: 6, threshold: 0.9}'
 
@@ -309,22 +310,32 @@ def git_commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-@contextmanager
-def policy_threads(workers: int) -> Iterator[None]:
-    """Give torch, if the policy uses it, the cores that the simulators leave, at least one; OMP_NUM_THREADS wins.
+def spare_threads(workers: int) -> int | None:
+    """The cores that the simulators leave, at least one; None: OMP_NUM_THREADS says it already.
 
     Threads without a core of their own wait for each other: on a busy two-core machine two took 35 s a chunk, one 1 s.
     """
-    torch = sys.modules.get("torch")
-    if torch is None or os.environ.get("OMP_NUM_THREADS"):
+    return None if os.environ.get("OMP_NUM_THREADS") else max(1, (os.cpu_count() or 1) - workers)
+
+
+@contextmanager
+def policy_threads(workers: int) -> Iterator[None]:
+    """Give torch, if the policy uses it, the cores that the simulators leave (`spare_threads`)."""
+    torch, threads = sys.modules.get("torch"), spare_threads(workers)
+    if torch is None or threads is None:
         yield
         return
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) - workers))
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def load_source(source: PolicySource, workers: int) -> StoredPolicy:
+    """The policy, whatever runs it, with the threads that `workers` simulators leave."""
+    return open_policy(source.path, device=source.device, decode=source.decode, threads=spare_threads(workers))
 
 
 def main(argv: list[str]) -> None:
@@ -335,9 +346,7 @@ def main(argv: list[str]) -> None:
     if not config.policy.path:
         raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
     check(config)
-    from vla.policy import load_policy
-
-    policy = load_policy(config.policy.path, device=config.policy.device, decode=config.policy.decode)
+    policy = load_source(config.policy, config.workers)
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)
     Console().print(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol"))

@@ -1,14 +1,17 @@
 """Laws of the paired comparison: antisymmetry, pairing by start, errors left out, exact test against enumeration."""
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import product
 
 import numpy as np
 import pytest
 
+import sim.evaluate
 from sim.compare import compare, main, mcnemar, pair_episodes
+from sim.compare_policies import ComparePoliciesConfig, evaluate_both, is_worse
 from sim.results import EpisodeRow
+from tests.point_world import PointPolicy, build_point_world
 
 
 def row(index: int, success: bool, task: int = 0, error: str | None = None, seed: int = 7) -> EpisodeRow:
@@ -73,3 +76,24 @@ def test_the_verb_prints_a_table_and_writes_the_result(tmp_path, capsys):
     assert (found["n"], found["only_a"], found["only_b"], found["p_value"]) == (4, 0, 2, 0.5)
     with pytest.raises(FileNotFoundError, match="episodes.jsonl"):
         main([str(tmp_path / "a"), str(tmp_path)])
+
+
+def test_a_policy_compared_with_itself_differs_nowhere(tmp_path, monkeypatch):
+    suite = replace(sim.evaluate.get_suite("libero_object"), num_tasks=2)
+    monkeypatch.setattr(sim.evaluate, "get_suite", lambda name: suite)
+    config = ComparePoliciesConfig(
+        suite="libero_object", output_dir=tmp_path, episodes=2, workers=1, max_steps=40, execution_horizon=4, max_batch=1
+    )
+    policies = tuple(PointPolicy() for _ in range(2))
+    for number, policy in enumerate(policies):
+        policy.content_hash = f"{number:016d}"
+    pairs = pair_episodes(*evaluate_both(config, policies, build=build_point_world))
+    found = compare(pairs)
+    assert (found.n, found.only_a, found.only_b, found.p_value) == (4, 0, 0, 1.0) and not is_worse(pairs)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy", "other"}
+
+
+def test_worse_beyond_chance_needs_lopsided_losses():
+    assert not is_worse(pair_episodes(rows([1] * 4), rows([0] * 4)))  # 1 / 16
+    assert is_worse(pair_episodes(rows([1] * 5), rows([0] * 5)))  # 1 / 32
+    assert not is_worse(pair_episodes(rows([0] * 5), rows([1] * 5)))

@@ -2,9 +2,11 @@
 
 import time
 
+import numpy as np
 import pytest
 import torch
 
+from multimodal import numpy_images
 from multimodal.images import ImageConfig, cut, prepare_images, recolour, recolour_reference
 
 CONFIG = ImageConfig(crop=24)
@@ -99,3 +101,22 @@ def test_a_frame_costs_at_most_a_millisecond() -> None:
         torch.set_num_threads(threads)
     print(f"\n128-pixel frame with augmentation: {min(times):.3f} ms on one core")
     assert min(times) < 1.0  # three times what a busy core takes
+
+
+@pytest.mark.parametrize(("crop", "size"), [(40, None), (33, None), (33, 48), (40, 17), (31, 31), (37, 1)])
+@pytest.mark.parametrize("normal", [{}, {"mean": (0.48, 0.46, 0.41), "std": (0.27, 0.26, 0.28)}])
+def test_numpy_prepares_what_torch_prepares(crop: int, size: int | None, normal: dict) -> None:
+    images = frames(3, 2, size=40)[:, :, :, :38] if crop < 38 else frames(3, 2, size=40)
+    config = ImageConfig(crop=crop, size=size, **normal)
+    wanted, got = prepare_images(images, config).numpy(), numpy_images.prepare_images(images.numpy(), config)
+    assert got.shape == wanted.shape and got.dtype == wanted.dtype and got.flags.c_contiguous
+    np.testing.assert_allclose(got, wanted, atol=3e-7 if size in (None, crop) else 3e-5, rtol=0)
+
+
+def test_numpy_refuses_what_torch_refuses() -> None:
+    for images, config in ((frames(2), ImageConfig(crop=40)), (frames(2).float(), CONFIG), (frames(2)[..., :2], CONFIG)):
+        with pytest.raises(ValueError) as wanted:
+            prepare_images(images, config)
+        with pytest.raises(ValueError) as got:
+            numpy_images.prepare_images(images.numpy(), config)
+        assert str(got.value).split(" ", 3)[0] == str(wanted.value).split(" ", 3)[0] == "Images"

@@ -7,16 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla.masked_diffusion import (
-    REMASK_RULES,
-    RoundState,
-    corrupt,
-    mask_rate,
-    num_masked,
-    replace_visible,
-    stratified_times,
-    unmask_counts,
-)
+from vla.masked_diffusion import corrupt, mask_rate, num_masked, replace_visible, stratified_times, unmask_counts
+from vla.unmasking import REMASK_RULES, RoundState
 
 MASK = 99
 
@@ -84,6 +76,7 @@ def test_rules_doubt_what_their_definition_says():
     state = RoundState(
         confidence=torch.tensor([[0.9, 0.2, 0.5]]),
         committed_confidence=torch.tensor([[0.9, 0.3, 0.95]]),
+        doubt_share=torch.softmax(-torch.tensor([[0.9, 0.3, 0.95]]), dim=1),
         progress=0.5,
         next_progress=0.75,
         noise=torch.tensor([[0.999, 0.999, 0.999]]),

@@ -19,9 +19,22 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("multimodal", "vla", "serve", "sim")  # each imports itself and those before it
 MAX_LINES = 400
 
-# What a robot needs to talk to a server, and what a simulator process needs to run an episode.
+# What a robot needs to talk to a server or to run an exported policy, and what a simulator process needs to run an episode.
 TORCH_FREE = (
     "multimodal.corpus_file",
+    "multimodal.config",
+    "multimodal.numpy_images",
+    "multimodal.onnx_runner",
+    "multimodal.tokenizer",
+    "vla.action_tokenizer",
+    "vla.decision",
+    "vla.numpy_decoding",
+    "vla.onnx_heads",
+    "vla.onnx_manifest",
+    "vla.onnx_policy",
+    "vla.policy_folder",
+    "vla.transforms",
+    "vla.unmasking",
     "vla.interface",
     "vla.home",
     "vla.chunking",
@@ -51,6 +64,7 @@ TORCH_FREE = (
     "sim.demonstration",
     "sim.collect",
     "sim.evaluate",
+    "sim.compare",
     "sim.video",
     "sim.packing",
     "sim.folder_lock",

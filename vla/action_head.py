@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from multimodal.config import check_choice
-from vla.decoding import DecodeConfig
+from vla.decision import Decision, KnownActions
 from vla.model import VLA, Prefix
+from vla.unmasking import DecodeConfig
 
 HEAD_TYPES = ("discrete_diffusion", "parallel", "autoregressive", "l1", "flow")
 
@@ -51,23 +51,6 @@ class HeadLoss:
 
     loss_sum: Tensor
     normalizer: int
-
-
-@dataclass(frozen=True)
-class KnownActions:
-    """The beginnings of chunks that are already decided, for a batch."""
-
-    actions: np.ndarray  # float32 [B, H, D] robot units, zero where unknown
-    is_known: np.ndarray  # bool [B, H]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Decoded chunks of a batch."""
-
-    actions: np.ndarray  # float32 [B, H, D], robot units
-    rounds: np.ndarray  # int64 [B], passes over the slots that each row took
-    confidence: np.ndarray | None = None  # float32 [B, H, D]; None for heads that know no such thing
 
 
 class ActionHead(Protocol):

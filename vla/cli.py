@@ -68,6 +68,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "policy -> success table, with intervals",
             "vla eval --policy.path=RUN/checkpoints/last/policy --suite=robosuite_lift --episodes=50 --workers=2",
         ),
+        "export": Verb(
+            "vla.export:main",
+            "policy -> ONNX folder that runs without torch, checked against torch",
+            "vla export --policy.path=RUN/checkpoints/last/policy --output_dir=EXPORT --dataset.root=DATA",
+        ),
     },
     "Language": {
         "generate": Verb(
@@ -98,6 +103,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "sim.compare:main",
             "two evaluations on the same starts: paired difference, interval, p-value",
             "vla compare EVALUATION_A EVALUATION_B",
+        ),
+        "compare-policies": Verb(
+            "sim.compare_policies:main",
+            "evaluate two policies on the same starts and compare them",
+            "vla compare-policies --policy.path=A --other.path=B --suite=robosuite_lift --episodes=50",
         ),
         "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench decoding"),
     },
@@ -138,7 +148,7 @@ def overview() -> str:
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:"]
         for name, verb in verbs.items():
-            lines += [f"  {name:<12}{verb.summary}", f"  {'':<12}  $ {verb.example}"]
+            lines += [f"  {name:<17}{verb.summary}", f"  {'':<17}  $ {verb.example}"]
     lines += [
         "",
         "`vla VERB --help` lists the settings of a verb. Settings come from --config_path FILE.yaml and --name=value, the",

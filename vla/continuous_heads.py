@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from multimodal.losses import CrossEntropy, Objective
-from vla.action_head import ActionBatch, Decision, HeadConfig, HeadLoss, KnownActions, draw_known_steps
+from vla.action_head import ActionBatch, HeadConfig, HeadLoss, draw_known_steps
 from vla.action_tokenizer import ActionTokenizer
-from vla.decoding import DecodeConfig
+from vla.decision import Decision, KnownActions
 from vla.model import VLA, Prefix
+from vla.unmasking import DecodeConfig, RowNoise
 
 
 def step_loss(error: Tensor, is_supervised: Tensor) -> HeadLoss:
@@ -87,8 +88,8 @@ class FlowHead(ContinuousHead):
     def predict(
         self, model: VLA, prefix: Prefix, known: Tensor, is_known: Tensor, config: DecodeConfig, seeds: Sequence[int]
     ) -> tuple[Tensor, int]:
-        rows = [torch.randn(known.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        values = torch.where(is_known[..., None], known, torch.stack(rows).to(known))
+        noise = torch.from_numpy(RowNoise(seeds).normal(range(len(seeds)), *known.shape[1:]))
+        values = torch.where(is_known[..., None], known, noise.to(known))
         for step in range(config.rounds):
             now = torch.full_like(values[..., 0], step / config.rounds)
             velocity = model.predict_steps(values, torch.where(is_known, torch.ones_like(now), now), prefix)

@@ -1,4 +1,7 @@
-"""Iterative unmasking: one loop for fresh chunks, chunks that continue known actions, and one-round decoding."""
+"""Iterative unmasking: one loop for fresh chunks, chunks that continue known actions, and one-round decoding.
+
+Where there is no torch, the same tokens come from its twin, `vla.numpy_decoding`.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -6,25 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from multimodal.config import check_choice
-from vla.masked_diffusion import REMASK_RULES, RoundState, masked_after
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How a chunk is unmasked. The defaults are greedy and deterministic."""
-
-    rounds: int = 6  # at most this many passes over the action slots
-    threshold: float = 0.9  # commit every slot at least this confident, beyond the round's quota; > 1 turns it off
-    token_temperature: float = 0.0  # 0: the likeliest token; else sample
-    order_temperature: float = 0.0  # Gumbel noise on the order, falling to 0 over the rounds; 0: by confidence
-    remask: str = "none"  # none | threshold | residual_drop | remdm
-    confidence_radius: int = 0  # a motion token's confidence is the probability within this many bins of it
-
-    def __post_init__(self) -> None:
-        check_choice("DecodeConfig", "remask", self.remask, tuple(REMASK_RULES))
-        if self.rounds < 1:
-            raise ValueError(f"DecodeConfig.rounds is {self.rounds}; at least one round is needed.")
+from vla.masked_diffusion import masked_after
+from vla.unmasking import REMASK_RULES, DecodeConfig, RoundState, RowNoise
 
 
 @dataclass(frozen=True)
@@ -63,7 +49,7 @@ def decode(
     radius = torch.full_like(tokens[0], config.confidence_radius)
     if is_ordinal is not None:
         radius = radius * is_ordinal
-    generators = [torch.Generator().manual_seed(seed) for seed in (seeds or [0] * batch)]
+    row_noise = RowNoise(seeds or [0] * batch)
     confidence = is_known.float()
     probs: Tensor | None = None
     rounds_used = torch.zeros(batch, dtype=torch.long, device=device)
@@ -77,7 +63,7 @@ def decode(
             probs = torch.zeros(batch, tokens.shape[1], row_probs.shape[-1], device=device)
             probs.scatter_(2, torch.where(is_known, known_tokens, 0)[..., None], is_known.float()[..., None])
         rounds_used[rows] += 1
-        noise = _Noise([generators[row] for row in rows.tolist()], device)
+        noise = _Noise(row_noise, rows)
         now = tokens[rows]
         masked = now == mask_id
         proposal = _propose(row_probs, config.token_temperature, noise)
@@ -94,9 +80,8 @@ def decode(
             now = now.masked_fill(doubted, mask_id)
         tokens[rows] = now
 
-    if probs is None:  # nothing was masked: every slot was known
-        size = int(known_tokens.max()) + 1
-        probs = torch.nn.functional.one_hot(known_tokens, size).float()
+    if probs is None:  # nothing was masked: every slot was known, and holds one of the ids below the mask's
+        probs = torch.nn.functional.one_hot(known_tokens, mask_id).float()
     return Decoded(tokens, probs, confidence, rounds_used)
 
 
@@ -115,18 +100,16 @@ def confidence_of(probs: Tensor, tokens: Tensor, radius: Tensor) -> Tensor:
 
 
 class _Noise:
-    """Random numbers drawn row by row, each row from its own generator."""
+    """The draws of some rows, as tensors on their device."""
 
-    def __init__(self, generators: list[torch.Generator], device: torch.device) -> None:
-        self.generators, self.device = generators, device
+    def __init__(self, source: RowNoise, rows: Tensor) -> None:
+        self.source, self.rows, self.device = source, rows.tolist(), rows.device
 
     def uniform(self, *shape: int) -> Tensor:
-        rows = [torch.rand(shape, generator=generator, dtype=torch.float64) for generator in self.generators]
-        return torch.stack(rows).to(self.device)
+        return torch.from_numpy(self.source.uniform(self.rows, *shape)).to(self.device)
 
     def gumbel(self, *shape: int) -> Tensor:
-        """In float64: float32 Gumbel noise is truncated and sharpens sampling (ReMDM, appendix)."""
-        return -torch.log(-torch.log(self.uniform(*shape).clamp(1e-300, 1 - 1e-16)))
+        return torch.from_numpy(self.source.gumbel(self.rows, *shape)).to(self.device)
 
 
 def _propose(probs: Tensor, temperature: float, noise: _Noise) -> Tensor:
@@ -155,6 +138,7 @@ def _doubt(
     state = RoundState(
         confidence=standing,
         committed_confidence=committed,
+        doubt_share=torch.softmax(-committed, dim=1),
         progress=(index + 1) / config.rounds,
         next_progress=(index + 2) / config.rounds,
         noise=noise.uniform(standing.shape[1]).float(),

@@ -1,4 +1,4 @@
-"""Absorbing-state diffusion over action slots: schedule, corruption, unmask counts, remasking rules. Pure functions.
+"""Absorbing-state diffusion over action slots: schedule, corruption, unmask counts. Pure functions.
 
 Time t is in [0, 1]; at t = 1 every slot is masked. After "Discrete Diffusion VLA" (arXiv 2508.20072, section 3.2)
 and MaskGIT (arXiv 2202.04200). Slots are the L = horizon * dimensions tokens of a chunk.
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from vla.unmasking import ROUNDING, masked_share
 
 
 def mask_rate(t: Tensor) -> Tensor:
@@ -92,10 +94,7 @@ def replace_visible(
 
 def masked_after(round_index: int, rounds: int, num_slots: Tensor) -> Tensor:
     """How many of num_slots [B] may still be masked after a round (0-based): floor(L cos(pi/2 (r+1)/T)), 0 at the end."""
-    if round_index + 1 >= rounds:
-        return torch.zeros_like(num_slots)
-    share = math.cos(0.5 * math.pi * (round_index + 1) / rounds)
-    return torch.floor(num_slots.double() * share + 1e-9).long()
+    return torch.floor(num_slots.double() * masked_share(round_index, rounds) + ROUNDING).long()
 
 
 def unmask_counts(num_slots: int, rounds: int) -> list[int]:
@@ -103,53 +102,3 @@ def unmask_counts(num_slots: int, rounds: int) -> list[int]:
     slots = torch.tensor([num_slots])
     left = [num_slots] + [int(masked_after(index, rounds, slots)) for index in range(rounds)]
     return [before - after for before, after in zip(left, left[1:])]
-
-
-# Remasking: which committed slots to doubt. Each rule maps confidences to a doubt [B, L], > 0 where the slot should be
-# masked again; the largest doubts go first if the round's budget does not cover all.
-
-
-@dataclass(frozen=True)
-class RoundState:
-    """What a rule may look at; tensors [B, L]."""
-
-    confidence: Tensor  # now, probability of the token that stands there
-    committed_confidence: Tensor  # when it was committed
-    progress: float  # (round + 1) / rounds, in (0, 1]
-    next_progress: float  # the same after the coming round
-    noise: Tensor  # uniform [0, 1), seeded per row
-
-
-def remask_none(state: RoundState) -> Tensor:
-    return torch.zeros_like(state.confidence)
-
-
-def remask_threshold(state: RoundState) -> Tensor:
-    """Doubt what has confidence below 0.5 * progress (the paper's eta_abs, v4 eq. 9)."""
-    return 0.5 * state.progress - state.confidence
-
-
-def remask_residual_drop(state: RoundState, drop: float = 0.3) -> Tensor:
-    """Doubt what lost more than `drop` of confidence since it was committed (the paper's v1-v3 check)."""
-    return state.committed_confidence - state.confidence - drop
-
-
-def remask_remdm(state: RoundState, eta: float = 0.2) -> Tensor:
-    """ReMDM-conf (arXiv 2503.00307): remask with probability eta * sigma_max, more for the less confident.
-
-    sigma_max = min(1, (1 - alpha_next) / alpha_now) with alpha = 1 - mask rate. The share is spread over slots by
-    softmax(-confidence at commit) and drawn with the row's noise.
-    """
-    alpha_now = 1.0 - math.cos(0.5 * math.pi * state.progress)
-    alpha_next = 1.0 - math.cos(0.5 * math.pi * state.next_progress)
-    sigma = eta * min(1.0, (1.0 - alpha_next) / max(alpha_now, 1e-6))
-    weight = torch.softmax(-state.committed_confidence, dim=1) * state.confidence.shape[1]
-    return sigma * weight - state.noise
-
-
-REMASK_RULES = {
-    "none": remask_none,
-    "threshold": remask_threshold,
-    "residual_drop": remask_residual_drop,
-    "remdm": remask_remdm,
-}

@@ -117,7 +117,13 @@ class VLA(nn.Module):
 
         Returns embeddings [B, P, width] in the order images, state, text, and is_real bool [B, P].
         """
-        parts = (self.vlm.embed_images(images), self.state_projector(state)[:, None], self.vlm.embed_text(text_ids))
+        return self.join_prefix(self.vlm.embed_images(images), state, text_ids, text_mask)
+
+    def join_prefix(
+        self, image_tokens: Tensor, state: Tensor, text_ids: Tensor, text_mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`embed_prefix` once the images are embedded: image_tokens [B, C * P, width]."""
+        parts = (image_tokens, self.state_projector(state)[:, None], self.vlm.embed_text(text_ids))
         seen = torch.ones(state.shape[0], parts[0].shape[1] + 1, dtype=torch.bool, device=state.device)
         return torch.cat([part.to(parts[1].dtype) for part in parts], dim=1), torch.cat([seen, text_mask], dim=1)
 

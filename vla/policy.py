@@ -16,14 +16,15 @@ from torch import Tensor
 from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
 from multimodal.images import ImageConfig, prepare_images
 from multimodal.tokenizer import TextTokenizer
-from vla.action_head import HeadConfig, KnownActions
+from vla.action_head import HeadConfig
 from vla.action_tokenizer import ActionTokenizer
-from vla.decoding import DecodeConfig
+from vla.decision import Decision, KnownActions, action_chunks, known_actions
 from vla.heads import build_head
 from vla.interface import ActionChunk, Observation, RobotSpec
 from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
 from vla.transforms import Transforms
+from vla.unmasking import DecodeConfig
 
 FORMAT = "remask-policy-1"
 PACKAGES = ("torch", "timm", "numpy", "tokenizers", "remask")
@@ -61,7 +62,7 @@ class PolicyAssets:
             "statistics.json": self.statistics.to_json(),
             "action_tokenizer.json": json.dumps(self.action_tokenizer.to_dict()),
             "tokenizer.json": self.text_tokenizer.to_json(),
-            "versions.json": json.dumps(_versions(), indent=2),
+            "versions.json": json.dumps(package_versions(), indent=2),
             "provenance.json": json.dumps(self.provenance, indent=2),
         }
         save_checkpoint(folder, model_state=weights, config=config, blobs=blobs)
@@ -101,7 +102,6 @@ class TorchPolicy:
         self.device = next(model.parameters()).device
         self.head = build_head(assets.head, assets.action_tokenizer)
 
-    @torch.inference_mode()
     def act(
         self,
         observations: Sequence[Observation],
@@ -111,19 +111,15 @@ class TorchPolicy:
     ) -> list[ActionChunk]:
         """See `vla.interface.Policy.act`. info: rounds, confidence [H, D] (token heads), milliseconds of the whole batch."""
         start = time.perf_counter()
-        given = self._known_actions(known or [None] * len(observations))
+        given = known_actions(known or [None] * len(observations), self.action_horizon, self.spec.action_dim)
+        decision = self.decide(observations, given, list(seeds or [0] * len(observations)))
+        return action_chunks(decision, given, 1e3 * (time.perf_counter() - start))
+
+    @torch.inference_mode()
+    def decide(self, observations: Sequence[Observation], known: KnownActions, seeds: Sequence[int]) -> Decision:
+        """`act` with its tokens, before known actions are put back."""
         prefix = self.model.prefill(*self.embed(observations))
-        seeds = list(seeds or [0] * len(observations))
-        decision = self.head.act(self.model, prefix, given, self.assets.decode, seeds)
-        actions = np.where(given.is_known[..., None], given.actions, decision.actions)  # what was promised, not its bin centre
-        milliseconds = 1e3 * (time.perf_counter() - start)
-        chunks = []
-        for row, chunk in enumerate(actions):
-            info = {"rounds": int(decision.rounds[row]), "milliseconds": milliseconds}
-            if decision.confidence is not None:
-                info["confidence"] = decision.confidence[row]
-            chunks.append(ActionChunk(chunk, info))
-        return chunks
+        return self.head.act(self.model, prefix, known, self.assets.decode, seeds)
 
     def embed(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor]:
         """Prefix embeddings [B, P, width] and is_real [B, P] of a batch; raises ValueError on a wrong observation."""
@@ -135,22 +131,6 @@ class TorchPolicy:
         return self.model.embed_prefix(
             prepare_images(images, self.assets.images), state, ids.to(self.device), mask.to(self.device)
         )
-
-    def _known_actions(self, known: Sequence[np.ndarray | None]) -> KnownActions:
-        """The known beginnings padded to whole chunks."""
-        actions = np.zeros((len(known), self.action_horizon, self.spec.action_dim), dtype=np.float32)
-        is_known = np.zeros(actions.shape[:2], dtype=bool)
-        for row, given in enumerate(known):
-            if given is None:
-                continue
-            if given.ndim != 2 or given.shape[1] != self.spec.action_dim or len(given) > self.action_horizon:
-                raise ValueError(
-                    f"Known actions have shape {given.shape}; expected [k, {self.spec.action_dim}] with "
-                    f"k <= {self.action_horizon}."
-                )
-            actions[row, : len(given)] = given
-            is_known[row, : len(given)] = True
-        return KnownActions(actions, is_known)
 
 
 def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any] | None = None) -> TorchPolicy:
@@ -171,9 +151,10 @@ def replace_pretrained(config: VLAConfig) -> VLAConfig:
     return replace(config, vlm=replace(config.vlm, vision=replace(config.vlm.vision, pretrained=None)))
 
 
-def _versions() -> dict[str, str | None]:
+def package_versions(more: Sequence[str] = ()) -> dict[str, str | None]:
+    """Of Python, of what a policy is made with and of `more`; None for what is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
+    for package in (*PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

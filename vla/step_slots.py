@@ -33,4 +33,5 @@ class StepSlots(nn.Module):
     def forward(self, values: Tensor, times: Tensor) -> Tensor:
         """values [B, H, D] in unit range, times [B, H] in [0, 1] -> embeddings [B, H, width]."""
         phase = times[..., None] * self.frequencies
-        return self.value(values) + self.time(torch.cat([phase.sin(), phase.cos()], dim=-1)) + self.place
+        waves = torch.cat([phase.sin(), phase.cos()], dim=-1)
+        return self.value(values.to(self.place.dtype)) + self.time(waves.to(self.place.dtype)) + self.place

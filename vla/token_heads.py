@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from multimodal.losses import CrossEntropy, Objective
-from vla.action_head import ActionBatch, Decision, HeadConfig, HeadLoss, KnownActions, draw_known_steps
+from vla.action_head import ActionBatch, HeadConfig, HeadLoss, draw_known_steps
 from vla.action_tokenizer import ActionTokenizer
-from vla.decoding import Decoded, DecodeConfig, decode
+from vla.decision import Decision, KnownActions
+from vla.decoding import Decoded, decode
 from vla.masked_diffusion import Corruption, corrupt, replace_visible, stratified_times
 from vla.model import VLA, Prefix
+from vla.unmasking import DecodeConfig
 
 
 class SlotLayout:
@@ -76,7 +78,7 @@ class TokenHead:
         decoded = self.decode(model, prefix, tokens, is_known, config, seeds)
         probs, ids = decoded.probs.view(*shape, -1).cpu().numpy(), decoded.tokens.view(shape).cpu().numpy()
         actions = self.tokenizer.decode_expectation(probs, ids)
-        return Decision(actions, decoded.rounds.cpu().numpy(), decoded.confidence.view(shape).cpu().numpy())
+        return Decision(actions, decoded.rounds.cpu().numpy(), decoded.confidence.view(shape).cpu().numpy(), ids)
 
 
 class DiscreteDiffusionHead(TokenHead):

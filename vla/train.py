@@ -22,7 +22,6 @@ from vla.action_head import ActionBatch, HeadConfig
 from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
 from vla.cli import parse_config
 from vla.data import ActionWindows, Batch, WindowMixture
-from vla.decoding import DecodeConfig
 from vla.frame_cache import FrameCache
 from vla.heads import HEADS, build_head
 from vla.home import remask_home
@@ -31,6 +30,7 @@ from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
 from vla.policy import PolicyAssets, TorchPolicy, load_policy, replace_pretrained
 from vla.transforms import clean_instruction
+from vla.unmasking import DecodeConfig
 
 
 @dataclass(frozen=True)

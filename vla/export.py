@@ -1,0 +1,171 @@
+"""Checkpoint -> a folder of ONNX graphs that is a policy by itself, behind a gate that compares the two (`vla export`)."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from multimodal.checkpoint import replaced_folder
+from multimodal.config import check_choice
+from multimodal.onnx_runner import OnnxRunner
+from multimodal.onnx_writer import OPSET, PACKAGES, PRECISIONS, check_packages, halved, write_graph
+from vla.frame_cache import FrameCache
+from vla.onnx_graphs import policy_graphs
+from vla.onnx_manifest import MANIFEST, TOKENIZER, OnnxManifest, file_hashes, is_onnx_policy
+from vla.onnx_parity import IDENTICAL, Parity, measure, real_observations
+from vla.onnx_policy import load_onnx_policy
+from vla.policy import TorchPolicy, load_policy, package_versions
+
+CHECKS = ("observations", "graphs", "closed_loop")
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """Which policy."""
+
+    path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """Real observations for the gate."""
+
+    root: Path | None = None  # data set folder, or its frame cache
+    observations: int = 80  # at least 64 must give identical tokens (float32)
+
+
+@dataclass(frozen=True)
+class ClosedLoop:
+    """The paired evaluation of --check=closed_loop."""
+
+    suite: str = "robosuite_lift"
+    tasks: list[int] | None = None  # default: all
+    episodes: int = 10  # per task, on the same starts for both
+    workers: int = 2  # simulator processes
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Settings of `vla export`."""
+
+    policy: ExportSource = field(default_factory=ExportSource)
+    output_dir: Path | None = None  # a new folder, or an earlier export, which is replaced once the new one has passed
+    precision: str = "float32"  # float32 | float16 | int8
+    check: str = "observations"  # observations | graphs (no data set needed) | closed_loop: observations, then simulation
+    dataset: CheckData = field(default_factory=CheckData)
+    closed_loop: ClosedLoop = field(default_factory=ClosedLoop)
+
+    def __post_init__(self) -> None:
+        check_choice("ExportConfig", "precision", self.precision, PRECISIONS)
+        check_choice("ExportConfig", "check", self.check, CHECKS)
+        if self.dataset.observations < IDENTICAL:
+            raise ValueError(f"dataset.observations is {self.dataset.observations}; the check needs at least {IDENTICAL}.")
+
+
+def export_policy(config: ExportConfig) -> Parity:
+    """Write the folder if the gate passes. Raises ValueError saying what failed, and then leaves no folder behind."""
+    source, output, cache = checked_paths(config)
+    policy = load_policy(source)
+    with replaced_folder(output) as folder:
+        manifest = write_folder(policy, folder, config.precision)
+        exported = load_onnx_policy(folder)
+        observations, known = real_observations(cache, exported, config.dataset.observations) if cache else ([], [])
+        parity = measure(policy, exported, observations, known)
+        print_parity(parity)
+        if parity.failures:
+            raise ValueError(f"the {config.precision} export of {source} is not the policy: {'; '.join(parity.failures)}.")
+        replace(manifest, parity=parity.to_dict()).save(folder)
+    return parity
+
+
+def write_folder(policy: TorchPolicy, folder: Path, precision: str) -> OnnxManifest:
+    """Graphs, tokenizer and a manifest without parity; the folder exists."""
+    assets = policy.assets
+    (folder / TOKENIZER).write_text(assets.text_tokenizer.to_json())
+    model = halved(policy.model) if precision == "float16" else policy.model
+    graphs = {}
+    for graph in policy_graphs(model, assets.head.type):
+        path = write_graph(graph, folder, precision)
+        runner = OnnxRunner(path)
+        ports = {"inputs": runner.inputs, "outputs": runner.outputs}
+        graphs[graph.name] = {"file": path.name} | {kind: [asdict(port) for port in some] for kind, some in ports.items()}
+    manifest = OnnxManifest(
+        precision=precision,
+        opset=OPSET,
+        text_length=assets.model.text_length,
+        action_horizon=assets.model.action_horizon,
+        head=asdict(assets.head),
+        decode=asdict(assets.decode),
+        images=asdict(assets.images),
+        spec=assets.spec.to_dict(),
+        statistics=assets.statistics.to_dict(),
+        action_tokenizer=assets.action_tokenizer.to_dict(),
+        graphs=graphs,
+        files=file_hashes(folder),
+        source={"checkpoint": policy.content_hash, "provenance": assets.provenance},
+        versions=package_versions(PACKAGES),
+        parity={},
+    )
+    manifest.save(folder)
+    return manifest
+
+
+def checked_paths(config: ExportConfig) -> tuple[Path, Path, FrameCache | None]:
+    """Checkpoint, output folder and open frame cache (None where no data set is wanted), before anything slow is done."""
+    check_packages()
+    if not config.policy.path:
+        raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
+    if config.output_dir is None:
+        raise ValueError("Where to? Give --output_dir=FOLDER.")
+    source, output = Path(config.policy.path).expanduser(), Path(config.output_dir).expanduser()
+    if is_onnx_policy(source):
+        raise ValueError(f"{source} is an exported policy already; give the checkpoint that it was made from.")
+    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} holds something else than an exported policy; choose a new folder (--output_dir).")
+    if config.check == "graphs":
+        return source, output, None
+    if config.dataset.root is None:
+        raise ValueError(
+            "The check decodes real observations: give --dataset.root=FOLDER (made by `vla collect`), or --check=graphs to "
+            "compare the graphs on random numbers only."
+        )
+    return source, output, FrameCache.open(config.dataset.root)
+
+
+def print_parity(parity: Parity) -> None:
+    """The worst output of every graph, and the chunks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("graph", "worst output", "batch", "max |difference|", "lowest cosine", title=f"{parity.precision} against torch")
+    for name in dict.fromkeys(part.graph for part in parity.graphs):
+        parts = [part for part in parity.graphs if part.graph == name]
+        worst = max(parts, key=lambda part: part.max_abs)
+        lowest = min(part.cosine for part in parts)
+        table.add_row(name, worst.output, worst.batch, f"{worst.max_abs:.1e}", f"{lowest:.6f}")
+    Console().print(table)
+    if parity.chunks is not None:
+        chunks = parity.chunks
+        parts = [f"{chunks.identical} chunks identical"]
+        parts += [f"{chunks.ties} on a tie that torch breaks both ways"] if chunks.ties else []
+        parts += [f"{chunks.same_tokens:.2%} of the tokens"] if chunks.same_tokens is not None else []
+        parts += [f"unit actions {chunks.l1:.1e} off in the mean, {chunks.max_abs:.1e} at most"]
+        print(f"{chunks.observations} real observations: {'; '.join(parts)}")
+
+
+def closed_loop_arguments(config: ExportConfig) -> list[str]:
+    """What `vla compare-policies` is asked: the checkpoint and its export on the same starts."""
+    loop = config.closed_loop
+    arguments = [f"--policy.path={config.policy.path}", f"--other.path={config.output_dir}", f"--suite={loop.suite}"]
+    arguments += [f"--episodes={loop.episodes}", f"--workers={loop.workers}", "--max_batch=1", "--resume=true"]
+    return arguments + ([] if loop.tasks is None else [f"--tasks={json.dumps(loop.tasks)}"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """`vla export`. The closed loop is another verb's work, found in the table of verbs: nothing here imports a simulator."""
+    from vla.cli import VERBS, parse_config, resolve
+
+    config = parse_config(ExportConfig, argv, verb="export")
+    export_policy(config)
+    print(f"exported: {config.output_dir}\nnext: vla eval --policy.path={config.output_dir} --suite=... --episodes=50")
+    return resolve(VERBS["compare-policies"].target)(closed_loop_arguments(config)) if config.check == "closed_loop" else 0
