@@ -15,11 +15,12 @@ import numpy as np
 
 from sim.environment import Environment
 from sim.results import mean
-from sim.rollout import EpisodeResult, rollout
+from sim.rollout import EpisodeResult, Recorder, rollout
 from sim.seeds import Start
 from sim.video import VideoRecorder
+from sim.watch import EpisodeWatch, Recorders, WatchedPolicy, Watcher
 from sim.workers import Ask, serve_jobs
-from vla.interface import ActionChunk, Observation, RobotSpec
+from vla.interface import ActionChunk, Observation, Policy, RobotSpec
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class EpisodeSettings:
     output_dir: Path
     video_size: int  # pixels
     gif: bool
+    watch: str | None = None  # address of a page that shows the running episodes
 
 
 @dataclass(frozen=True)
@@ -82,21 +84,25 @@ def work(connection: Connection, settings: EpisodeSettings, build: Callable[...,
     def begin() -> tuple[dict[str, Any], Callable[[EpisodeJob], dict[str, Any]]]:
         environment = build(settings.suite, image_size=settings.image_size, protocol=settings.protocol)
         policy = PipePolicy(connection, environment.spec, settings.action_horizon)
+        watcher = Watcher(settings.watch, settings.output_dir.name) if settings.watch else None
         facts = {
             "spec": environment.spec.to_dict(),
             "assets": getattr(environment, "assets", "unknown"),
             "gl": os.environ.get("MUJOCO_GL", "default"),
             "instructions": [environment.instruction(task) for task in range(environment.num_tasks)],
         }
-        return facts, functools.partial(run_episode, environment, policy, settings)
+        return facts, functools.partial(run_episode, environment, policy, settings, watcher)
 
     serve_jobs(connection, begin)
 
 
-def run_episode(environment: Environment, policy: PipePolicy, settings: EpisodeSettings, job: EpisodeJob) -> dict[str, Any]:
-    """One rollout, filmed if asked; returns the row fields that the episode decides."""
+def run_episode(
+    environment: Environment, policy: Policy, settings: EpisodeSettings, watcher: Watcher | None, job: EpisodeJob
+) -> dict[str, Any]:
+    """One rollout, filmed and shown if asked; returns the row fields that the episode decides."""
     with contextlib.ExitStack() as stack:
-        video = None
+        video: Recorder | None = None
+        watch: EpisodeWatch | None = None
         if job.video is not None:
             video = stack.enter_context(
                 VideoRecorder(
@@ -107,6 +113,11 @@ def run_episode(environment: Environment, policy: PipePolicy, settings: EpisodeS
                     gif=settings.gif,
                 )
             )
+        if watcher is not None:
+            camera, instruction = environment.spec.cameras[0], environment.instruction(job.task)
+            watch = stack.enter_context(watcher.episode(job.task, job.episode, instruction, camera, settings.video_size))
+            policy = WatchedPolicy(policy, watch)
+            video = watch if video is None else Recorders([video, watch])
         result = rollout(
             environment,
             policy,
@@ -117,6 +128,8 @@ def run_episode(environment: Environment, policy: PipePolicy, settings: EpisodeS
             num_known=settings.num_known,
             video=video,
         )
+        if watch is not None:
+            watch.success = result.success
     return {**row_fields(result), "video": job.video, "renderer": opengl_renderer()}
 
 

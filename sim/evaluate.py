@@ -1,5 +1,7 @@
 """Policy -> success table: `vla eval`. Suites x tasks x episodes over W simulator processes and one batched policy.
 
+The policy is a checkpoint in this process, or a server anywhere (--policy.url); rows are the same.
+
 An output folder:
 
     episodes.jsonl     one row per episode, on disk the moment it ends (sim.results.EpisodeRow)
@@ -41,7 +43,7 @@ from vla.home import remask_home
 from vla.interface import ActionChunk, Policy
 from vla.policy_folder import StoredPolicy, open_policy
 
-OUTPUT_ONLY = ("output_dir", "video_size", "gif")  # settings that change no outcome
+OUTPUT_ONLY = ("output_dir", "video_size", "gif", "watch")  # settings that change no outcome
 ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"
 
 
@@ -50,6 +52,8 @@ class PolicySource:
     """Which policy, and how it decodes."""
 
     path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy, or an exported one (`vla export`)
+    url: str = ""  # or a server of one: grpc://HOST:PORT, http://..., ws://... (`vla serve`; key: REMASK_API_KEY)
+    timeout_s: float = 60.0  # of one request to a server, retries included
     device: str = "cpu"
     decode: dict[str, Any] = field(default_factory=dict)  # overrides, e.g. '{rounds: 6, threshold: 0.9}'
 
@@ -74,6 +78,7 @@ class EvaluateConfig:
     videos: int = 0  # films per task
     video_size: int = 256  # pixels
     gif: bool = False  # a small gif beside each film
+    watch: str | None = None  # address of a server's page (`vla serve`) that shows the episodes as they run; draws every step
 
     @property
     def task_list(self) -> list[int]:
@@ -206,6 +211,7 @@ def answer(policy: Policy, questions: list[Question], max_batch: int | None = No
             info = {"milliseconds": float(chunk.info.get("milliseconds", waited_ms))}
             if "rounds" in chunk.info:
                 info["rounds"] = float(chunk.info["rounds"])
+            info |= {name: np.asarray(chunk.info[name]) for name in ("confidence", "committed") if name in chunk.info}
             replies.append(ActionChunk(np.asarray(chunk.actions, dtype=np.float32), info))
     return replies
 
@@ -224,6 +230,7 @@ def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> Ep
         output_dir=folder,
         video_size=config.video_size,
         gif=config.gif,
+        watch=config.watch,
     )
 
 
@@ -334,8 +341,20 @@ def policy_threads(workers: int) -> Iterator[None]:
 
 
 def load_source(source: PolicySource, workers: int) -> StoredPolicy:
-    """The policy, whatever runs it, with the threads that `workers` simulators leave."""
-    return open_policy(source.path, device=source.device, decode=source.decode, threads=spare_threads(workers))
+    """The policy of a folder, whatever runs it, with the threads that `workers` simulators leave; or the one behind a URL.
+
+    Its content hash identifies it in rows either way. Raises ValueError for settings that say neither or both, OSError if
+    there is no checkpoint or no server.
+    """
+    if bool(source.path) == bool(source.url):
+        raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy, or --policy.url of a server.")
+    if not source.url:
+        return open_policy(source.path, device=source.device, decode=source.decode, threads=spare_threads(workers))
+    if source.decode:
+        raise ValueError("policy.decode is the server's to choose: give it to `vla serve` (--policy.decode=...).")
+    from serve.client import RemotePolicy
+
+    return RemotePolicy(source.url, timeout_s=source.timeout_s, same_checkpoint=True)
 
 
 def main(argv: list[str]) -> None:
@@ -343,8 +362,6 @@ def main(argv: list[str]) -> None:
     from vla.cli import parse_config
 
     config = parse_config(EvaluateConfig, argv, verb="eval")
-    if not config.policy.path:
-        raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
     check(config)
     policy = load_source(config.policy, config.workers)
     rows = evaluate(config, policy, policy.content_hash)

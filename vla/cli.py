@@ -68,6 +68,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "policy -> success table, with intervals",
             "vla eval --policy.path=RUN/checkpoints/last/policy --suite=robosuite_lift --episodes=50 --workers=2",
         ),
+        "serve": Verb(
+            "serve.server:main",
+            "policy -> HTTP, gRPC, WebSocket, and a page to watch it",
+            "vla serve --policy.path=RUN/checkpoints/last/policy",
+        ),
         "export": Verb(
             "vla.export:main",
             "policy -> ONNX folder that runs without torch, checked against torch",

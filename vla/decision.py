@@ -24,6 +24,7 @@ class Decision:
     rounds: np.ndarray  # int64 [B], passes over the slots that each row took
     confidence: np.ndarray | None = None  # float32 [B, H, D]; None for heads that know no such thing
     tokens: np.ndarray | None = None  # int64 [B, H, D]; None for heads without tokens
+    committed: np.ndarray | None = None  # int64 [B, H, D], the round whose token each slot kept, 0: known; None: not unmasked
 
 
 def known_actions(known: Sequence[np.ndarray | None], action_horizon: int, action_dim: int) -> KnownActions:
@@ -50,5 +51,7 @@ def action_chunks(decision: Decision, known: KnownActions, milliseconds: float) 
         info = {"rounds": int(decision.rounds[row]), "milliseconds": milliseconds}
         if decision.confidence is not None:
             info["confidence"] = decision.confidence[row]
+        if decision.committed is not None:
+            info["committed"] = decision.committed[row]
         chunks.append(ActionChunk(chunk, info))
     return chunks

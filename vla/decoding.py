@@ -21,6 +21,7 @@ class Decoded:
     probs: Tensor  # float32 [B, L, V]
     confidence: Tensor  # float32 [B, L], see `confidence_of`, when the token was committed; 1 at known slots
     rounds: Tensor  # int64 [B], passes each row took
+    committed: Tensor | None = None  # int64 [B, L], the round, from 1, whose token each slot kept; 0 at known slots
 
 
 # noisy tokens [R, L], rows of the batch they belong to [R] -> logits [R, L, V], -inf at ids a slot may not hold
@@ -53,6 +54,7 @@ def decode(
     confidence = is_known.float()
     probs: Tensor | None = None
     rounds_used = torch.zeros(batch, dtype=torch.long, device=device)
+    committed = torch.zeros_like(tokens)
 
     for index in range(config.rounds):
         rows = (tokens == mask_id).any(1).nonzero()[:, 0]
@@ -72,6 +74,7 @@ def decode(
 
         now = torch.where(chosen, proposal, now)
         confidence[rows] = torch.where(chosen, score, confidence[rows])
+        committed[rows] = torch.where(chosen, index + 1, committed[rows])
         probs[rows] = torch.where(chosen[..., None], row_probs, probs[rows])
         if config.remask != "none" and index + 1 < config.rounds:
             free = ~is_known[rows] & ~masked  # committed in earlier rounds
@@ -82,7 +85,7 @@ def decode(
 
     if probs is None:  # nothing was masked: every slot was known, and holds one of the ids below the mask's
         probs = torch.nn.functional.one_hot(known_tokens, mask_id).float()
-    return Decoded(tokens, probs, confidence, rounds_used)
+    return Decoded(tokens, probs, confidence, rounds_used, committed)
 
 
 def confidence_of(probs: Tensor, tokens: Tensor, radius: Tensor) -> Tensor:

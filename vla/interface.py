@@ -50,7 +50,7 @@ class ActionChunk:
     """Actions to execute from the observed instant on, one per control period."""
 
     actions: np.ndarray  # float32 [H, D], units of the robot
-    info: dict[str, Any] = field(default_factory=dict)  # rounds, confidence [H, D], milliseconds
+    info: dict[str, Any] = field(default_factory=dict)  # rounds, confidence and committed (round of a slot) [H, D], milliseconds
 
 
 class Policy(Protocol):

@@ -78,7 +78,8 @@ class TokenHead:
         decoded = self.decode(model, prefix, tokens, is_known, config, seeds)
         probs, ids = decoded.probs.view(*shape, -1).cpu().numpy(), decoded.tokens.view(shape).cpu().numpy()
         actions = self.tokenizer.decode_expectation(probs, ids)
-        return Decision(actions, decoded.rounds.cpu().numpy(), decoded.confidence.view(shape).cpu().numpy(), ids)
+        committed = None if decoded.committed is None else decoded.committed.view(shape).cpu().numpy()
+        return Decision(actions, decoded.rounds.cpu().numpy(), decoded.confidence.view(shape).cpu().numpy(), ids, committed)
 
 
 class DiscreteDiffusionHead(TokenHead):

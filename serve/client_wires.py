@@ -1,0 +1,356 @@
+"""The three wires of serve/client.py: Open Inference Protocol over HTTP, PolicyService over gRPC, openpi's WebSocket.
+
+Each imports its library when it is used. The gRPC wire speaks the typed service, so no `inference` package is imported
+here and a program may bring its own (tritonclient, kserve).
+"""
+
+import contextlib
+import json
+import ssl
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from serve.protocol import msgpack_numpy
+from serve.protocol.observations import DELAY, chunk_of, message_of
+from serve.protocol.refusal import Code, Refusal, parse_line
+from serve.protocol.requests import Description
+from serve.protocol.tensors import datatype_of, from_raw, to_raw
+from vla.interface import ActionChunk, Observation, RobotSpec
+
+MAX_ANSWER_BYTES = 64 << 20
+HTTP_BATCH = 32  # observations in one HTTP request
+PIPELINED = 8  # unanswered WebSocket messages
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+
+
+@dataclass(frozen=True)
+class Question:
+    """One observation on its way."""
+
+    observation: Observation
+    tail: np.ndarray | None  # [n, D]
+    delay: int | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class TlsFiles:
+    """PEM files; None: the system's authorities, no client certificate."""
+
+    ca: Path | None
+    certificate: Path | None
+    key: Path | None
+
+    def context(self) -> ssl.SSLContext:
+        context = ssl.create_default_context(cafile=self.ca)
+        if self.certificate is not None:
+            context.load_cert_chain(self.certificate, self.key)
+        return context
+
+
+class Wire(Protocol):
+    """Raises Refusal for whatever goes wrong, UNAVAILABLE for a connection that cannot be made or breaks."""
+
+    def describe(self, timeout_s: float) -> Description: ...
+
+    def act(self, questions: Sequence[Question], timeout_s: float) -> list[ActionChunk]: ...
+
+    def close(self) -> None: ...
+
+
+def connect(url: str, key: str | None, tls: TlsFiles) -> Wire:
+    """The wire of a URL's scheme; nothing is sent yet."""
+    wires = {"http": HttpWire, "grpc": GrpcWire, "ws": WebSocketWire}
+    scheme = urlsplit(url).scheme
+    return wires[scheme.removesuffix("s") if scheme != "ws" else scheme](url, key, tls)
+
+
+class HttpWire:
+    """One request for all observations, binary tensors both ways."""
+
+    def __init__(self, url: str, key: str | None, tls: TlsFiles) -> None:
+        import httpx
+
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        verify: Any = tls.context() if url.startswith("https") else False
+        self._errors = httpx.HTTPError
+        self._timeout = httpx.TimeoutException
+        self._client = httpx.Client(base_url=url, headers=headers, verify=verify, trust_env=False)
+
+    def describe(self, timeout_s: float) -> Description:
+        return Description.from_dict(self._send("GET", "/v2/models/policy", timeout_s).json()["parameters"])
+
+    def act(self, questions: Sequence[Question], timeout_s: float) -> list[ActionChunk]:
+        batches = (questions[first : first + HTTP_BATCH] for first in range(0, len(questions), HTTP_BATCH))
+        return [chunk for batch in batches for chunk in self._act(batch, timeout_s)]
+
+    def close(self) -> None:
+        self._client.close()
+
+    def _act(self, questions: Sequence[Question], timeout_s: float) -> list[ActionChunk]:
+        inputs, blobs = [], []
+        for name, array in _tensors(questions).items():
+            blobs.append(to_raw(array))
+            parameters = {"binary_data_size": len(blobs[-1])}
+            inputs.append({"name": name, "datatype": datatype_of(array), "shape": list(array.shape), "parameters": parameters})
+        asked = {"inputs": inputs, "parameters": {"binary_data_output": True, "timeout_ms": 1000 * timeout_s}}
+        head = json.dumps(asked).encode()
+        headers = {JSON_LENGTH_HEADER: str(len(head)), "content-type": "application/octet-stream"}
+        response = self._send("POST", "/v2/models/policy/infer", timeout_s, content=head + b"".join(blobs), headers=headers)
+        return _chunks(response.content, int(response.headers[JSON_LENGTH_HEADER]))
+
+    def _send(self, method: str, path: str, timeout_s: float, **options: Any) -> Any:
+        try:
+            response = self._client.request(method, path, timeout=timeout_s, **options)
+        except self._timeout as error:
+            raise Refusal(Code.DEADLINE, f"no answer within {timeout_s:.1f} s ({type(error).__name__})") from error
+        except self._errors as error:
+            raise Refusal(Code.UNAVAILABLE, f"the connection failed ({error})", retry_after_s=0.0) from error
+        if response.status_code == 200:
+            return response
+        raise _http_refusal(response)
+
+
+class GrpcWire:
+    """One call per observation, all at once; the server makes a batch of them."""
+
+    def __init__(self, url: str, key: str | None, tls: TlsFiles) -> None:
+        import grpc
+
+        from serve.protocol import policy_pb2, policy_pb2_grpc
+
+        self._grpc, self._messages = grpc, policy_pb2
+        options = [
+            ("grpc.max_receive_message_length", MAX_ANSWER_BYTES),
+            ("grpc.max_send_message_length", MAX_ANSWER_BYTES),
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1000),
+            ("grpc.enable_http_proxy", 0),
+        ]
+        parts = urlsplit(url)
+        if parts.scheme == "grpcs":
+            read = [None if path is None else Path(path).read_bytes() for path in (tls.ca, tls.key, tls.certificate)]
+            self._channel = grpc.secure_channel(parts.netloc, grpc.ssl_channel_credentials(*read), options)
+        else:
+            self._channel = grpc.insecure_channel(parts.netloc, options)
+        self._stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
+        self._metadata = (("authorization", f"Bearer {key}"),) if key else ()
+
+    def describe(self, timeout_s: float) -> Description:
+        try:
+            answer = self._stub.Describe(
+                self._messages.DescribeRequest(), timeout=timeout_s, metadata=self._metadata, wait_for_ready=True
+            )
+        except self._grpc.RpcError as error:
+            refusal = self._refusal(error)
+            if refusal.code is Code.DEADLINE:  # nobody answers at that address
+                refusal = Refusal(Code.UNAVAILABLE, "the connection failed", retry_after_s=0.0)
+            raise refusal from error
+        spec = RobotSpec(
+            name=answer.robot,
+            cameras=tuple(answer.cameras),
+            image_size=answer.image_size,
+            state_names=tuple(answer.state_names),
+            action_names=tuple(answer.action_names),
+            binary_actions=tuple(answer.binary_actions),
+            control_hz=answer.control_hz,
+        )
+        return Description(spec, answer.action_horizon, answer.checkpoint)
+
+    def act(self, questions: Sequence[Question], timeout_s: float) -> list[ActionChunk]:
+        calls = [self._stub.Act.future(self._request(question), timeout=timeout_s, metadata=self._metadata) for question in questions]
+        try:
+            return [self._chunk(call.result()) for call in calls]
+        except self._grpc.RpcError as error:
+            raise self._refusal(error) from error
+        finally:
+            for call in calls:
+                call.cancel()
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def _request(self, question: Question) -> Any:
+        request = self._messages.ActRequest(
+            state=np.asarray(question.observation.state, np.float32).tolist(),
+            instruction=question.observation.instruction,
+            seed=question.seed,
+        )
+        for camera, image in question.observation.images.items():
+            raw = request.images.add(camera=camera).raw
+            raw.height, raw.width, raw.data = image.shape[0], image.shape[1], np.ascontiguousarray(image).tobytes()
+        if question.tail is not None:
+            tail = np.asarray(question.tail, np.float32)
+            request.tail.steps, request.tail.dims = tail.shape
+            request.tail.values.extend(tail.ravel().tolist())
+        if question.delay is not None:
+            request.delay = question.delay
+        return request
+
+    def _chunk(self, answer: Any) -> ActionChunk:
+        shape = (answer.actions.steps, answer.actions.dims)
+        info: dict[str, Any] = {"milliseconds": answer.milliseconds, "checkpoint": answer.checkpoint}
+        if answer.rounds:
+            info["rounds"] = answer.rounds
+        if answer.confidence:
+            info["confidence"] = np.array(answer.confidence, dtype=np.float32).reshape(shape)
+        if answer.committed:
+            info["committed"] = np.array(answer.committed, dtype=np.int32).reshape(shape)
+        return ActionChunk(np.array(answer.actions.values, dtype=np.float32).reshape(shape), info)
+
+    def _refusal(self, error: Any) -> Refusal:
+        status, text = error.code().name, error.details() or ""
+        pushback = dict(error.trailing_metadata() or ()).get("grpc-retry-pushback-ms")
+        if pushback is not None:
+            code = Code.OVERLOADED if status == "RESOURCE_EXHAUSTED" else Code.UNAVAILABLE
+            return Refusal(code, text, retry_after_s=int(pushback) / 1000)
+        if status == "RESOURCE_EXHAUSTED":
+            return Refusal(Code.TOO_LARGE, text)
+        if status == "UNAVAILABLE":
+            return Refusal(Code.UNAVAILABLE, f"the connection failed ({text})", retry_after_s=0.0)
+        first = [code for code in Code if code.value.grpc == status and code is not Code.SLOW_BODY]
+        return Refusal(first[0] if first else Code.INTERNAL, text)
+
+
+class WebSocketWire:
+    """openpi's messages; a few observations may be on the way at once."""
+
+    def __init__(self, url: str, key: str | None, tls: TlsFiles) -> None:
+        self._url, self._headers = url, {"Authorization": f"Bearer {key}"} if key else {}
+        self._context = tls.context() if url.startswith("wss") else None
+        self._socket: Any = None
+        self._opened = contextlib.ExitStack()
+        self._metadata: dict[str, Any] = {}
+
+    def describe(self, timeout_s: float) -> Description:
+        self._open(timeout_s)
+        return Description.from_dict(self._metadata)
+
+    def act(self, questions: Sequence[Question], timeout_s: float) -> list[ActionChunk]:
+        from websockets.exceptions import ConnectionClosed
+
+        self._open(timeout_s)
+        answers: list[Any] = []
+        try:
+            for index, question in enumerate(questions):
+                self._socket.send(_message(question, timeout_s))
+                if index >= PIPELINED - 1:
+                    answers.append(self._socket.recv(timeout_s))
+            while len(answers) < len(questions):
+                answers.append(self._socket.recv(timeout_s))
+        except TimeoutError as error:
+            self.close()  # its answer may still come, and would be taken for another's
+            raise Refusal(Code.DEADLINE, f"no answer within {timeout_s:.1f} s") from error
+        except (ConnectionClosed, OSError) as error:
+            self.close()
+            raise Refusal(Code.UNAVAILABLE, f"the connection broke ({error})", retry_after_s=0.0) from error
+        refused = [parse_line(answer) for answer in answers if isinstance(answer, str)]
+        if refused:
+            raise refused[0]
+        return [chunk_of(msgpack_numpy.unpack(answer, max_bytes=MAX_ANSWER_BYTES)) for answer in answers]
+
+    def close(self) -> None:
+        self._socket = None
+        with contextlib.suppress(OSError):
+            self._opened.close()
+
+    def _open(self, timeout_s: float) -> None:
+        if self._socket is not None:
+            return
+        from websockets.exceptions import InvalidStatus, WebSocketException
+        from websockets.sync.client import connect as websocket
+
+        try:
+            connection = websocket(
+                self._url,
+                additional_headers=self._headers,
+                ssl=self._context,
+                compression=None,
+                max_size=MAX_ANSWER_BYTES,
+                open_timeout=timeout_s,
+                close_timeout=1.0,
+                proxy=None,
+            )
+            self._socket = self._opened.enter_context(connection)
+            self._metadata = msgpack_numpy.unpack(self._socket.recv(timeout_s), max_bytes=MAX_ANSWER_BYTES)
+        except InvalidStatus as error:
+            raise _status_refusal(error.response.status_code, bytes(error.response.body or b"")) from error
+        except (WebSocketException, OSError, TimeoutError) as error:
+            self.close()
+            raise Refusal(Code.UNAVAILABLE, f"the connection failed ({error})", retry_after_s=0.0) from error
+
+
+def _message(question: Question, timeout_s: float) -> bytes:
+    message = message_of(question.observation, known=question.tail, seed=question.seed, timeout_s=timeout_s)
+    return msgpack_numpy.pack(message if question.delay is None else message | {DELAY: question.delay})
+
+
+def _tensors(questions: Sequence[Question]) -> dict[str, np.ndarray]:
+    """The inputs of serve/protocol/oip.py."""
+    observations = [question.observation for question in questions]
+    tasks = np.empty(len(questions), dtype=object)
+    tasks[:] = [observation.instruction.encode() for observation in observations]
+    tensors = {
+        f"observation.images.{camera}": np.stack([observation.images[camera] for observation in observations])
+        for camera in observations[0].images
+        if all(camera in observation.images for observation in observations)
+    }
+    tensors |= {
+        "observation.state": np.stack([np.asarray(observation.state, np.float32) for observation in observations]),
+        "task": tasks,
+        "seed": np.array([question.seed for question in questions], dtype=np.int64),
+    }
+    tails = [question.tail for question in questions]
+    if any(tail is not None for tail in tails):
+        lengths = [0 if tail is None else len(tail) for tail in tails]
+        width = next(np.shape(tail)[1] for tail in tails if tail is not None)
+        known = np.zeros((len(tails), max(lengths), width), dtype=np.float32)
+        for row, tail in enumerate(tails):
+            if tail is not None:
+                known[row, : len(tail)] = tail
+        delays = [length if q.delay is None else q.delay for q, length in zip(questions, lengths, strict=True)]
+        tensors |= {"known": known, "known_length": np.array(lengths, np.int32), "delay": np.array(delays, np.int32)}
+    return tensors
+
+
+def _chunks(body: bytes, json_length: int) -> list[ActionChunk]:
+    """The answer of an inference request, all of whose outputs are binary."""
+    answer = json.loads(body[:json_length])
+    tensors, position = {}, json_length
+    for output in answer["outputs"]:
+        size = output["parameters"]["binary_data_size"]
+        tensors[output["name"]] = from_raw(output["name"], output["datatype"], output["shape"], body[position : position + size])
+        position += size
+    actions = tensors.pop("action")
+    checkpoint = {"checkpoint": answer["model_version"]}
+    scalars = ("rounds", "milliseconds")
+    return [
+        ActionChunk(
+            actions[row].copy(),
+            checkpoint | {name: array[row].item() if name in scalars else array[row].copy() for name, array in tensors.items()},
+        )
+        for row in range(len(actions))
+    ]
+
+
+def _http_refusal(response: Any) -> Refusal:
+    refusal = _status_refusal(response.status_code, response.content)
+    after_ms = response.headers.get("retry-after-ms")
+    if after_ms is not None:
+        refusal.retry_after_s = int(after_ms) / 1000
+    return refusal
+
+
+def _status_refusal(status: int, body: bytes) -> Refusal:
+    """What an HTTP status says, with the server's message if it is one of ours."""
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError):
+        text = body[:200].decode(errors="replace")
+    by_status = {code.value.http: code for code in reversed(Code)}  # of two codes with one status, the first
+    return Refusal(by_status.get(status, Code.INTERNAL), f"{text} (HTTP {status})")

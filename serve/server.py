@@ -1,0 +1,236 @@
+"""`vla serve`: one process, HTTP with WebSocket on one port and gRPC on another, models in worker processes.
+
+    vla serve --policy.path=RUN/checkpoints/last/policy
+    vla serve --policy.path=... --vlm.path=VLM --draft.path=DRAFT --runs=~/.cache/remask/evaluations
+
+SIGTERM or Ctrl-C: not ready, no new connections, what is in flight is finished within the grace, exit 0. SIGHUP: the
+checkpoint is read again and swapped in without dropping a request.
+"""
+
+import asyncio
+import importlib.metadata
+import logging
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from serve.chat_process import ChatProcess, ChatSource
+from serve.events import EventHub
+from serve.gate import Gate
+from serve.grpc_api import GrpcServer
+from serve.http_api import build_app
+from serve.http_server import HttpServer
+from serve.metrics import Metrics
+from serve.policy_batcher import BatchConfig, PolicyBatcher, PolicySource
+from serve.policy_worker import CHECKPOINT_FACTORY
+from serve.protocol.limits import Limits
+from serve.protocol.refusal import Refusal
+from serve.security import Keys, SecurityConfig, check_binding, grpc_credentials, is_loopback, tls_context
+from serve.services import Services
+
+LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+logger = logging.getLogger("remask")
+
+
+@dataclass(frozen=True)
+class DraftSource:
+    """What drafts for the language model."""
+
+    path: str = ""  # checkpoint folder of a draft model; none: n-grams draft
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Settings of `vla serve`."""
+
+    policy: PolicySource = field(default_factory=PolicySource)
+    vlm: ChatSource = field(default_factory=ChatSource)
+    draft: DraftSource = field(default_factory=DraftSource)
+    batching: BatchConfig = field(default_factory=BatchConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    limits: Limits = field(default_factory=Limits)
+    host: str = "127.0.0.1"  # another address needs a key or TLS
+    port: int = 8000  # HTTP and WebSocket; 0: any free one
+    grpc_port: int | None = 8001  # 0: any free one; null: no gRPC
+    grace_s: float = 30.0  # after SIGTERM, for what is in flight
+    runs: Path | None = None  # folder of evaluation folders that the page replays
+
+    @property
+    def has_policy(self) -> bool:
+        return bool(self.policy.path) or self.policy.factory != CHECKPOINT_FACTORY
+
+
+class Server:
+    """All of it. `start`, then `stop`; `run` does both, with signals between them."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        if not config.has_policy and not config.vlm.is_given:
+            raise ValueError("Nothing to serve. Give --policy.path=RUN/checkpoints/last/policy, or --vlm.path=FOLDER, or both.")
+        self.config = config
+        keys = Keys.load(config.security)
+        check_binding(config.host, config.security, keys)
+        self.metrics = Metrics()
+        self.gate = Gate(config.limits, self.metrics)
+        self.batcher = PolicyBatcher(config.policy, config.batching, self.metrics) if config.has_policy else None
+        self.chat = ChatProcess(config.vlm, config.draft.path, self.metrics) if config.vlm.is_given else None
+        # Whoever cannot know the key cannot use it under another name either; without one, only this machine's names.
+        open_names = None if keys or not is_loopback(config.host) else LOOPBACK_NAMES | set(config.security.hosts)
+        self.services = Services(
+            limits=config.limits,
+            metrics=self.metrics,
+            gate=self.gate,
+            events=EventHub(),
+            keys=keys,
+            policy=self.batcher,
+            chat=self.chat,
+            runs=None if config.runs is None else Path(config.runs).expanduser(),
+            swap=self._swap,
+            hosts=None if open_names is None else frozenset(open_names),
+            version=_version(),
+        )
+        self._http: HttpServer | None = None
+        self._grpc: GrpcServer | None = None
+        self._watching: asyncio.Task[None] | None = None
+        self._swaps: set[asyncio.Task[None]] = set()
+        self.port = self.grpc_port = 0
+
+    @property
+    def _backends(self) -> list[PolicyBatcher | ChatProcess]:
+        return [backend for backend in (self.batcher, self.chat) if backend is not None]
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.config.security.has_tls else "http"
+
+    async def start(self) -> None:
+        """Listen (live, not ready), load and warm the models, then be ready.
+
+        Raises ValueError or OSError saying why it cannot; nothing is left running.
+        """
+        config = self.config
+        try:
+            http = HttpServer(build_app(self.services), config.host, config.port, config.limits, tls_context(config.security))
+            self.port = await http.start()
+            self._http = http
+            if config.grpc_port is not None:
+                host = f"[{config.host}]" if ":" in config.host else config.host
+                self._grpc = GrpcServer(self.services, f"{host}:{config.grpc_port}", grpc_credentials(config.security))
+                await self._grpc.set_ready(False)
+                await self._grpc.start()
+                self.grpc_port = self._grpc.port
+            for backend in self._backends:
+                await backend.start()
+        except BaseException:
+            await self.stop(grace_s=0.0)
+            raise
+        self._watching = asyncio.ensure_future(self._tell_probes())
+
+    async def stop(self, grace_s: float | None = None) -> None:
+        """Drain: refuse what is new, finish what is in flight within the grace, then close."""
+        grace_s = self.config.grace_s if grace_s is None else grace_s
+        until = time.monotonic() + grace_s
+        self.gate.close()
+        if self._watching is not None:
+            self._watching.cancel()
+        if self._grpc is not None:
+            await self._grpc.set_ready(False)
+        if self._http is not None:
+            self._http.stop_accepting()
+        if not await self.gate.drained(grace_s):
+            logger.warning("%d requests are cut: they took longer than the grace of %.0f s", self.gate.in_flight, grace_s)
+        left = max(0.0, until - time.monotonic())
+        closing = [self._http.stop(left)] if self._http is not None else []
+        closing += [self._grpc.stop(left)] if self._grpc is not None else []
+        await asyncio.gather(*closing)
+        for backend in self._backends:
+            await backend.close()
+
+    async def run(self) -> None:
+        """Until a signal ends it."""
+        loop = asyncio.get_running_loop()
+        ended = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, ended.set)
+        loop.add_signal_handler(signal.SIGHUP, self._swap_soon)
+        began = time.monotonic()
+        starting = asyncio.ensure_future(self.start())
+        ending = asyncio.ensure_future(ended.wait())
+        await asyncio.wait({starting, ending}, return_when=asyncio.FIRST_COMPLETED)
+        if not starting.done():
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            return
+        starting.result()
+        print(self.greeting(time.monotonic() - began), flush=True)
+        await ended.wait()
+        print(f"draining: {self.gate.in_flight} requests in flight, at most {self.config.grace_s:.0f} s", flush=True)
+        await self.stop()
+        print("stopped", flush=True)
+
+    def greeting(self, seconds: float) -> str:
+        """What is printed when it is ready."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        lines = [f"ready after {seconds:.1f} s"]
+        if self.batcher is not None:
+            description = self.batcher.description
+            shape = f"chunks of {description.action_horizon} x {description.spec.action_dim}"
+            lines.append(f"  policy {description.checkpoint} for {description.spec.name}, {shape}")
+        if self.chat is not None:
+            lines.append(f"  language model {self.chat.name!r}, {self.chat.checkpoint}")
+        lines.append(f"  HTTP: page, Open Inference Protocol, OpenAI   {self.scheme}://{host}:{self.port}")
+        if self.batcher is not None:
+            lines.append(f"  WebSocket: openpi                             {self.scheme.replace('http', 'ws')}://{host}:{self.port}")
+        if self._grpc is not None:
+            scheme = "grpcs" if self.config.security.has_tls else "grpc"
+            lines.append(f"  gRPC: PolicyService, Open Inference Protocol  {scheme}://{host}:{self.grpc_port}")
+        return "\n".join(lines)
+
+    async def _swap(self) -> tuple[str, str]:
+        """Every model's checkpoint is read again; the hashes before and after, joined where there are two models."""
+        swapped = [await backend.swap() for backend in self._backends]
+        previous, new = zip(*swapped, strict=True)
+        return "+".join(previous), "+".join(new)
+
+    def _swap_soon(self) -> None:
+        async def swap() -> None:
+            try:
+                previous, checkpoint = await self.services.swap()
+                print(f"swapped {previous} for {checkpoint}", flush=True)
+            except Refusal as refusal:
+                logger.error("%s", refusal.message)
+
+        task = asyncio.ensure_future(swap())
+        self._swaps.add(task)
+        task.add_done_callback(self._swaps.discard)
+
+    async def _tell_probes(self) -> None:
+        """Keep grpc.health.v1 and the `ready` gauge in step with the models."""
+        last: bool | None = None
+        while True:
+            ready = not self.services.not_ready
+            if ready != last:
+                self.metrics.ready.set(ready)
+                if self._grpc is not None:
+                    await self._grpc.set_ready(ready)
+                last = ready
+            await asyncio.sleep(0.1)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("remask")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def main(argv: list[str]) -> None:
+    """`vla serve`."""
+    from vla.cli import parse_config
+
+    config: Any = parse_config(ServeConfig, argv, verb="serve")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # it warns of every client that speaks no HTTP
+    server = Server(config)
+    asyncio.run(server.run())
