@@ -16,7 +16,7 @@ import vla.export
 import vla.onnx_parity
 from multimodal.onnx_runner import OnnxRunner
 from multimodal.onnx_writer import OPSET, halved, quantise, write_graph
-from sim.compare import CompareConfig
+from sim.compare_policies import ComparePoliciesConfig
 from sim.evaluate import PolicySource, load_source
 from tests.exporting import SharedGraphs, write_checkpoint
 from tests.reaching import SPEC
@@ -348,10 +348,10 @@ def test_the_closed_loop_is_a_comparison_on_the_same_starts():
     """The verb that it is handed to understands what it is asked."""
     loop = ClosedLoop(suite="libero_object", tasks=[0, 3], episodes=5, workers=1)
     config = ExportConfig(policy=ExportSource("CHECKPOINT"), output_dir=Path("EXPORT"), check="closed_loop", closed_loop=loop)
-    asked = parse_config(CompareConfig, closed_loop_arguments(config))
+    asked = parse_config(ComparePoliciesConfig, closed_loop_arguments(config))
     assert (asked.policy.path, asked.other.path) == ("CHECKPOINT", "EXPORT") and asked.max_batch == 1 and asked.resume
     assert (asked.suite, asked.tasks, asked.episodes, asked.workers) == ("libero_object", [0, 3], 5, 1)
-    assert VERBS["compare"].target == "sim.compare:main"
+    assert VERBS["compare-policies"].target == "sim.compare_policies:main"
 
 
 def test_every_head_has_a_step_graph():
