@@ -103,7 +103,7 @@ class ChatProcess:
         ended = False
         try:
             try:
-                await worker.post(_message(number, request))
+                await worker.post({"ask": number} | chat_message(request))
             except WorkerDied as error:
                 raise Refusal(Code.UNAVAILABLE, f"{error} It is being restarted.") from error
             while not ended:
@@ -111,7 +111,7 @@ class ChatProcess:
                 if isinstance(row, Refusal):
                     ended = True
                     raise row
-                event = _event(row)
+                event = chat_event(row)
                 ended = isinstance(event, ChatEnd)
                 yield event
         finally:
@@ -140,7 +140,7 @@ class ChatProcess:
         for row in message["events"]:
             rows = self._streams.get(row["number"])
             if rows is not None:
-                rows.put_nowait(_refusal(row) or row)
+                rows.put_nowait(chat_refusal(row) or row)
             if "tokens" in row and row["tokens"]:
                 self.metrics.tokens_per_round.observe(row["tokens"])
         if message.get("stats"):
@@ -161,17 +161,18 @@ class ChatProcess:
             self.metrics.accepted.labels(str(position)).inc(max(0, more))
 
 
-def _message(number: int, request: ChatRequest) -> dict[str, Any]:
-    values = vars(request) | {
+def chat_message(request: ChatRequest) -> dict[str, Any]:
+    """A request as serve/chat_worker.py reads it, but for its number."""
+    return vars(request) | {
         "messages": [list(message) for message in request.messages],
         "images": list(request.images),
         "stop": list(request.stop),
         "logit_bias": [[token, bias] for token, bias in request.logit_bias.items()],
     }
-    return {"ask": number} | values
 
 
-def _event(row: dict[str, Any]) -> ChatPiece | ChatEnd:
+def chat_event(row: dict[str, Any]) -> ChatPiece | ChatEnd:
+    """What an event of serve/chat_worker.py says; `chat_refusal` first."""
     if "reason" in row:
         return ChatEnd(row["reason"], row["usage"])
     logprobs = None
@@ -182,7 +183,7 @@ def _event(row: dict[str, Any]) -> ChatPiece | ChatEnd:
     return ChatPiece(row["text"], row["tokens"], row["accepted"], logprobs)
 
 
-def _refusal(row: dict[str, Any]) -> Refusal | None:
+def chat_refusal(row: dict[str, Any]) -> Refusal | None:
     """What an event refuses or fails; None for all others."""
     if "overloaded" in row:
         return Refusal(Code.OVERLOADED, row["overloaded"], retry_after_s=row["retry_after"], field=None, name="queue_full")

@@ -86,7 +86,8 @@ def _act(policy: Policy, questions: Sequence[Question]) -> list[ActionChunk]:
     )
 
 
-def _load(settings: dict[str, Any]) -> Policy:
+def load_policy_of(settings: dict[str, Any]) -> Policy:
+    """The policy that `PolicySource.settings` describe, warmed up."""
     if settings["threads"] is not None and settings["factory"] == CHECKPOINT_FACTORY:
         import torch
 
@@ -101,7 +102,7 @@ def main() -> None:
     logging.basicConfig(format="policy worker %(process)d: %(levelname)s %(message)s")
     link = ServerLink(int(sys.argv[1]))
     try:
-        policy = _load(link.settings)
+        policy = load_policy_of(link.settings)
     except (ValueError, OSError, TypeError, RuntimeError) as error:
         if not isinstance(error, ValueError | OSError):  # those explain themselves
             logger.error("%s", traceback.format_exc())

@@ -10,7 +10,8 @@ from serve.protocol.limits import Limits
 from serve.server import ServeConfig
 from tests.odd_policy import chunk_of, odd_observation
 from tests.serving import Running, running
-from tests.serving_fuzz import fuzz_grpc, fuzz_http, fuzz_inference, fuzz_sockets, fuzz_websocket
+from tests.serving_fuzz import fuzz_grpc, fuzz_sockets, fuzz_websocket
+from tests.serving_fuzz_http import fuzz_http, fuzz_inference
 from tests.test_serving_batches import ODD
 
 

@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from tests.benchmarks.harness import parser, report
 from tests.benchmarks.serving_load import ServerProcess
-from tests.serving_fuzz import fuzz_grpc, fuzz_http, fuzz_inference, fuzz_sockets, fuzz_websocket, summary
+from tests.serving_fuzz import fuzz_grpc, fuzz_sockets, fuzz_websocket, summary
+from tests.serving_fuzz_http import fuzz_http, fuzz_inference
 
 SHARES = {"OpenAPI document": 0.05, "inference bodies": 0.25, "gRPC": 0.3, "WebSocket": 0.3, "sockets": 0.1}
 PARTS = 5  # every kind is run so many times, with other seeds; memory is read between

@@ -84,7 +84,7 @@ class DiscreteDiffusionPolicy(PreTrainedPolicy):
             is_pad=is_pad.cpu().numpy(),
             device=actions.device,
         )
-        # torch's generator is part of LeRobot's checkpoints, so a resumed run draws what the uninterrupted one would have
+        # from torch's generator, which LeRobot seeds with --seed and keeps in its checkpoints
         generator = torch.Generator(actions.device).manual_seed(int(torch.randint(SEEDS, ())))
         terms = self._loss_step(self.model, inputs, generator)
         loss = terms.loss_sum / terms.normalizer
