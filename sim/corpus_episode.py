@@ -7,7 +7,8 @@ import numpy as np
 
 from sim.environment import Environment, World
 from sim.experts.programs import Expert, GoalExpert, build_expert
-from sim.experts.skills import CLOSE, MAX_OPENING, OPEN, horizontal, servo, upside
+from sim.experts.geometry import DOWN, MAX_OPENING, hand_rotation, horizontal
+from sim.experts.motion import CLOSE, OPEN, servo
 from sim.robosuite_env import OPEN_GRIPPER
 from sim.scene_reader import SceneReader
 from sim.scene_shuffle import shuffle
@@ -31,11 +32,11 @@ class Wander:
         if self._steps % PERIODS_PER_TARGET == 0:
             body = world.bodies[self._names[self._generator.integers(len(self._names))]]
             offset = self._generator.uniform((-0.08, -0.08, 0.01), (0.08, 0.08, 0.2))
-            self._target = np.array([*body.position_w[:2], upside(body)]) + offset
+            self._target = np.array([*body.position_w[:2], body.parts.top]) + offset
             self._gripper = (OPEN, CLOSE)[self._generator.integers(2)]
         self._steps += 1
-        finger_axis = horizontal(world.gripper_rotation_w[:, 1])
-        return servo(world, self._target, finger_axis, self._gripper).astype(np.float32)
+        upright = hand_rotation(DOWN, horizontal(world.gripper_rotation_w[:, 1]))
+        return servo(world, self._target, upright, self._gripper).astype(np.float32)
 
 
 class OtherGoal:
@@ -45,7 +46,7 @@ class OtherGoal:
         self._expert, self._goal = GoalExpert(), goal
 
     def action(self, world: World) -> np.ndarray:
-        return self._expert.action(replace(world, goal=self._goal))
+        return self._expert.action(replace(world, goal=self._goal, achieved=(False,) * len(self._goal)))
 
 
 def moments(
@@ -90,7 +91,7 @@ def other_goals(world: World, reader: SceneReader) -> list[tuple[tuple[str, ...]
     """Lifting each thing that fits between the fingers, and putting it into or onto others."""
     loose = [name for name in reader.names if not reader.is_fixture(name)]
     narrow = [name for name in loose if 2 * np.sort(world.bodies[name].half_extents)[1] < MAX_OPENING]
-    containers = [name for name in world.bodies if name.endswith("_contain_region")]
+    containers = [name for name in world.regions if name.endswith("_contain_region")]
     goals = [(("lifted", name),) for name in narrow]
     goals += [(("in", name, region),) for name in narrow for region in containers if not region.startswith(name)]
     goals += [(("on", name, "plate_1"),) for name in narrow if "plate_1" in loose and name != "plate_1"]

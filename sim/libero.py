@@ -18,7 +18,16 @@ from typing import Any
 import numpy as np
 
 from sim.environment import World
-from sim.robosuite_env import OPEN_GRIPPER, Arm, check_task, import_robosuite, make_options, seeded_numpy
+from sim.robosuite_env import (
+    OPEN_GRIPPER,
+    Arm,
+    JointTargets,
+    RegionSource,
+    check_task,
+    import_robosuite,
+    make_options,
+    seeded_numpy,
+)
 from sim.seeds import Start
 from sim.suites import Protocol, Suite, robot_spec
 from vla.home import remask_home
@@ -206,11 +215,12 @@ class LiberoEnvironment:
         # LIBERO registers its samplers of open and closed joints again when it rebuilds the model on reset, and so draws
         # them twice in a task's first episode; done here too, the fixtures drawn after them are LIBERO's.
         environment.object_property_initializers *= 2
-        objects = {**environment.objects_dict, **environment.fixtures_dict}
+        objects, sites = {**environment.objects_dict, **environment.fixtures_dict}, environment.object_sites_dict
         self._arm = Arm(
             environment,
             {name: thing.root_body for name, thing in objects.items()},
-            tuple(environment.object_sites_dict),
+            {name: RegionSource(site.parent_name, next(iter(site.joints or ()), None)) for name, site in sites.items()},
+            {name: joint_targets(fixture) for name, fixture in environment.fixtures_dict.items()},
         )
         self._fixture_poses = fixture_poses(environment)
         self._states = initial_states(self._suite.name, name)
@@ -249,7 +259,8 @@ class LiberoEnvironment:
         return self._arm.frame(camera, size)
 
     def world(self) -> World:
-        return self._arm.world(self._goal)
+        achieved = tuple(bool(self._arm.environment._eval_predicate(predicate)) for predicate in self._goal)
+        return self._arm.world(self._goal, achieved)
 
     def close(self) -> None:
         if self._task is not None:
@@ -272,3 +283,25 @@ def fixture_poses(environment: Any) -> dict[int, tuple[np.ndarray, np.ndarray]]:
         body = environment.sim.model.body_name2id(fixture.root_body)
         poses[body] = (position, quat_wxyz / np.linalg.norm(quat_wxyz))
     return poses
+
+
+def joint_targets(fixture: Any) -> JointTargets:
+    """Joint values at which LIBERO's is_open, is_close, turn_on and turn_off hold, for each that a fixture has.
+
+    LIBERO compares with one end of a range only, and which end depends on the fixture's sense of turning; the other end
+    is infinite here.
+    """
+    ranges = fixture.object_properties.get("articulation", {})
+    targets = {}
+    for predicate, test in (("open", "is_open"), ("close", "is_close"), ("turnon", "turn_on"), ("turnoff", "turn_off")):
+        limits = ranges.get(f"default_{predicate}_ranges")
+        if not limits:
+            continue
+        low, high = min(limits), max(limits)
+        below, above = getattr(fixture, test)(low - 1.0), getattr(fixture, test)(high + 1.0)
+        between = getattr(fixture, test)((low + high) / 2)
+        if below:
+            targets[predicate] = (-np.inf, high if between else low)
+        elif above:
+            targets[predicate] = (low if between else high, np.inf)
+    return targets

@@ -5,12 +5,13 @@ import importlib.util
 import sys
 import types
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from sim.bodies import BodyBox, body_box
-from sim.environment import Body, World
+from sim.bodies import RigidPart, joints_below, rigid_part, scenery
+from sim.environment import Body, Joint, Region, World
 from sim.osc import OperationalSpaceControl
 from sim.rendering import Renderer, choose_gl_backend
 from sim.seeds import Start
@@ -98,11 +99,31 @@ class Snapshot:
             target[:] = getattr(data, field)
 
 
+@dataclass(frozen=True)
+class RegionSource:
+    """Where a Region of the World comes from."""
+
+    owner: str | None = None  # name in the World of the body it belongs to
+    joint: str | None = None  # MuJoCo joint it moves with
+
+
+JointTargets = Mapping[str, tuple[float, float]]  # predicate -> joint values that fulfil it
+
+
 class Arm:
     """One built robosuite model: steps it, reads it, draws it. Shared by the robosuite and LIBERO environments."""
 
-    def __init__(self, environment: Any, body_names: dict[str, str], site_names: tuple[str, ...] = ()):
-        """body_names: name in the World -> MuJoCo body; site_names: sites (regions) that the World also shows."""
+    def __init__(
+        self,
+        environment: Any,
+        body_names: Mapping[str, str],
+        regions: Mapping[str, RegionSource] | None = None,
+        joint_targets: Mapping[str, JointTargets] | None = None,
+    ):
+        """body_names: name in the World -> MuJoCo body; regions: MuJoCo site -> whose it is.
+
+        joint_targets: name of a body that has joints below it -> what predicates ask of each of them.
+        """
         self.environment = environment
         environment._observables.clear()  # we read the state ourselves; sampling all of them costs a reset milliseconds
         self.model = environment.sim.model._model
@@ -113,16 +134,23 @@ class Arm:
         self._renderer = Renderer(self.model, self._observed.data)
         robot = environment.robots[0]
         self._site, self._hand = robot.eef_site_id, self.model.body(robot.robot_model.eef_name).id
+        self._shoulder = self.model.joint(robot.robot_joints[1]).id  # lifts the upper arm
         self._gripper_qpos = np.array(robot._ref_gripper_joint_pos_indexes)
-        self._boxes: dict[str, BodyBox] = {name: body_box(self.model, body) for name, body in body_names.items()}
-        self._sites = {name: self.model.site(name).id for name in site_names}
+        roots = {name: self.model.body(body).id for name, body in body_names.items()}
+        self._bodies = {name: rigid_part(self.model, body) for name, body in roots.items()}
+        self._regions = {name: (self.model.site(name).id, source) for name, source in (regions or {}).items()}
+        self._joint_owners = {joint: name for name, body in roots.items() for joint in joints_below(self.model, body)}
+        self._links = {joint: rigid_part(self.model, self.model.jnt_bodyid[joint]) for joint in self._joint_owners}
+        self._joint_targets = joint_targets or {}
         self._finger_of_geom = np.full(self.model.ngeom, -1)  # 0 left, 1 right
         for finger, part in enumerate(("left_finger", "right_finger")):
             for geom in robot.gripper.important_geoms[part]:
                 self._finger_of_geom[self.model.geom(geom).id] = finger
-        self._body_of_geom = np.full(self.model.ngeom, -1)  # index into _boxes
-        for index, box in enumerate(self._boxes.values()):
-            self._body_of_geom[list(box.geom_ids)] = index
+        named = {geom for part in (*self._bodies.values(), *self._links.values()) for geom in part.geom_ids}
+        self._scenery = scenery(self.model, named, ("robot0", "mount0", "gripper0"))
+        self._part_of_geom = np.full(self.model.ngeom, -1)  # index into the parts: bodies first, then links
+        for index, part in enumerate((*self._bodies.values(), *self._links.values())):
+            self._part_of_geom[list(part.geom_ids)] = index
 
     def reset(self, seed: int) -> None:
         """robosuite's own reset: arm at its start posture, objects placed by numpy's generator under `seed`."""
@@ -191,38 +219,69 @@ class Arm:
         return data.cam_xpos[index].copy(), data.cam_xmat[index].reshape(3, 3).copy(), fov
 
     @property
-    def boxes(self) -> Mapping[str, BodyBox]:
-        """Name in the World -> collision box of each object and fixture; regions have none."""
-        return self._boxes
+    def parts(self) -> Mapping[str, RigidPart]:
+        """Name in the World -> collision geometry of each object, and of each fixture's fixed part."""
+        return self._bodies
 
     def forward(self) -> None:
         """After somebody wrote into `data.qpos`: recompute what follows from it, and let the cameras see it."""
         self.environment.sim.forward()
         self._observed.take(self.data)
 
-    def world(self, goal: tuple[tuple[str, ...], ...]) -> World:
+    def world(self, goal: tuple[tuple[str, ...], ...], achieved: tuple[bool, ...]) -> World:
+        """What experts see; `achieved` is as long as `goal`."""
         data = self.data
-        touching = np.zeros((len(self._boxes), 2), bool)
-        for first, second in data.contact.geom:
-            for body_geom, finger_geom in ((first, second), (second, first)):
-                body, finger = self._body_of_geom[body_geom], self._finger_of_geom[finger_geom]
-                if body >= 0 and finger >= 0:
-                    touching[body, finger] = True
-        bodies = {}
-        for (name, box), (left, right) in zip(self._boxes.items(), touching.tolist()):
-            rotation = data.xmat[box.body_id].reshape(3, 3).copy()
-            centre = data.xpos[box.body_id] + rotation @ box.centre_b
-            bodies[name] = Body(centre, rotation, box.half_extents, (left, right))
-        for name, site in self._sites.items():
-            rotation = data.site_xmat[site].reshape(3, 3).copy()
-            bodies[name] = Body(data.site_xpos[site].copy(), rotation, self.model.site_size[site].copy())
+        touches = self._finger_contacts()
         left_qpos, right_qpos = data.qpos[self._gripper_qpos]
         return World(
             gripper_position_w=data.site_xpos[self._site].copy(),
             gripper_rotation_w=_finger_frame(data.site_xmat[self._site].reshape(3, 3)),
             gripper_width=float(left_qpos - right_qpos),
-            bodies=bodies,
+            bodies={name: self._body(part, touch) for (name, part), touch in zip(self._bodies.items(), touches)},
             goal=goal,
+            achieved=achieved,
+            regions={name: self._region(site, source) for name, (site, source) in self._regions.items()},
+            joints={
+                self.model.joint(joint).name: self._joint(joint, self._body(part, touch))
+                for (joint, part), touch in zip(self._links.items(), touches[len(self._bodies) :])
+            },
+            scenery=self._scenery,
+            shoulder_w=data.xanchor[self._shoulder].copy(),
+        )
+
+    def _finger_contacts(self) -> list[tuple[bool, bool]]:
+        """Per part whether the left and the right finger touch it."""
+        touching = np.zeros((len(self._bodies) + len(self._links), 2), bool)
+        pairs = self.data.contact.geom
+        for geoms, others in ((pairs[:, 0], pairs[:, 1]), (pairs[:, 1], pairs[:, 0])):
+            part, finger = self._part_of_geom[geoms], self._finger_of_geom[others]
+            known = (part >= 0) & (finger >= 0)
+            touching[part[known], finger[known]] = True
+        return [(bool(left), bool(right)) for left, right in touching]
+
+    def _body(self, part: RigidPart, touches: tuple[bool, bool]) -> Body:
+        rotation = self.data.xmat[part.body_id].reshape(3, 3).copy()
+        centre = self.data.xpos[part.body_id] + rotation @ part.centre_b
+        return Body(centre, rotation, part.half_extents, touches, part.shape, -part.centre_b)
+
+    def _region(self, site: int, source: RegionSource) -> Region:
+        rotation = self.data.site_xmat[site].reshape(3, 3).copy()
+        size = self.model.site_size[site].copy()
+        return Region(self.data.site_xpos[site].copy(), rotation, size, source.owner, source.joint)
+
+    def _joint(self, joint: int, link: Body) -> Joint:
+        import mujoco
+
+        owner = self._joint_owners[joint]
+        return Joint(
+            kind="slide" if self.model.jnt_type[joint] == mujoco.mjtJoint.mjJNT_SLIDE else "hinge",
+            value=float(self.data.qpos[self.model.jnt_qposadr[joint]]),
+            limits=tuple(self.model.jnt_range[joint].tolist()),
+            axis_w=self.data.xaxis[joint].copy(),
+            anchor_w=self.data.xanchor[joint].copy(),
+            link=link,
+            owner=owner,
+            targets=self._joint_targets.get(owner, {}),
         )
 
     def close(self) -> None:
@@ -281,7 +340,8 @@ class RobosuiteEnvironment:
         return self._arm.frame(camera, size)
 
     def world(self) -> World:
-        return self._arm.world(GOALS[self._suite.name])
+        achieved = bool(self._arm.environment._check_success())
+        return self._arm.world(GOALS[self._suite.name], (achieved,))
 
     def close(self) -> None:
         self._arm.close()

@@ -8,7 +8,7 @@ import numpy as np
 
 from sim.bodies import is_below
 from sim.environment import Environment
-from sim.experts.skills import is_held
+from sim.experts.grasping import is_held
 from sim.scene_state import CARRIER_TABLE, Gripper, Part, Scene, Sight, Thing
 
 SUPPORT_COSINE = 0.6  # a contact whose normal is within 53 degrees of the vertical carries
@@ -63,15 +63,15 @@ class SceneReader:
         self._environment, self._suite, self._task, self._rim = environment, suite, task, rim
         self._arm = arm = environment.arm
         model = arm.model
-        self.names = tuple(arm.boxes)
+        self.names = tuple(arm.parts)
         self._thing_of_body = np.full(model.nbody + 1, -1)  # the last entry is body -1: background
         self._is_robot = np.zeros(model.nbody, bool)
         for body in range(1, model.nbody):
-            owners = [index for index, box in enumerate(arm.boxes.values()) if is_below(model, body, box.body_id)]
+            owners = [index for index, box in enumerate(arm.parts.values()) if is_below(model, body, box.body_id)]
             self._thing_of_body[body] = owners[0] if owners else -1
             self._is_robot[body] = model.body(body).name.startswith(("robot0_", "gripper0_"))
-        self._joints = {name: tuple(_parts(model, box.body_id)) for name, box in arm.boxes.items()}
-        self._is_fixture = {name: not _is_free(model, box.body_id) for name, box in arm.boxes.items()}
+        self._joints = {name: tuple(_parts(model, box.body_id)) for name, box in arm.parts.items()}
+        self._is_fixture = {name: not _is_free(model, box.body_id) for name, box in arm.parts.items()}
         self._up_axis: dict[str, int] = {}
         self.note_uprights()
 
@@ -195,7 +195,7 @@ class SceneReader:
     def _inside(self, world: Any) -> tuple[tuple[str, str, str], ...]:
         """Things whose centre lies in a container's region: a basket, tray, drawer, shelf, compartment, microwave."""
         found = []
-        for region, site in world.bodies.items():
+        for region, site in world.regions.items():
             container = next((name for name in self.names if region.startswith(f"{name}_")), None)
             is_inner = region.endswith("_region") and not region.endswith("cook_region")
             if container is None or not is_inner or category_of(container) == "wine_rack":

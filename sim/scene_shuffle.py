@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from sim.environment import Body, Environment
-from sim.experts.skills import upside, vertical_half_extent
 from sim.robosuite_env import OPEN_GRIPPER
 from sim.scene_reader import SceneReader, category_of
 from sim.scene_state import CARRIER_TABLE
@@ -40,13 +39,13 @@ def shuffle(environment: Environment, reader: SceneReader, generator: np.random.
     What finds no free place in TRIES stays where it was. The same generator state gives the same scene.
     """
     arm = environment.arm
-    for name in arm.boxes:
+    for name in arm.parts:
         for joint in reader.joints(name):
             if generator.random() < JOINT_CHANCE:
                 arm.data.qpos[joint.address] = joint.closed + _opening(generator) * (joint.opened - joint.closed)
     arm.forward()
     on_table = [name for name, carrier in reader.supports() if carrier == CARRIER_TABLE and not reader.is_fixture(name)]
-    corners = np.array([environment.world().bodies[name].position_w[:2] for name in arm.boxes])
+    corners = np.array([environment.world().bodies[name].position_w[:2] for name in arm.parts])
     low, high = corners.min(axis=0) - REACH, corners.max(axis=0) + REACH
     table = _Place((low + high) / 2, (high - low) / 2, None)
     order = [on_table[index] for index in generator.permutation(len(on_table))]
@@ -67,34 +66,35 @@ def _opening(generator: np.random.Generator) -> float:
 
 def _carriers(environment: Environment, reader: SceneReader, name: str) -> list[_Place]:
     """Places on and in other things that are wide enough for `name`."""
-    bodies = environment.world().bodies
+    world = environment.world()
+    bodies, things = world.bodies, {**world.bodies, **world.regions}
     foot = np.sort((np.abs(bodies[name].rotation_w) @ bodies[name].half_extents)[:2])
     places = []
-    for other, body in bodies.items():
+    for other, body in things.items():
         extents = (np.abs(body.rotation_w) @ body.half_extents)[:2]
-        is_region = other.endswith("_region") and any(other.startswith(thing) for thing in environment.arm.boxes)
+        is_region = other in world.regions and any(other.startswith(thing) for thing in environment.arm.parts)
         if other == name or other.startswith(f"{name}_") or (foot > np.sort(extents) + 0.01).any():
             continue
         if other.endswith(TOPS):
-            places.append(_Place(body.position_w[:2], np.maximum(extents - foot.max(), 0.0), upside(body)))
+            places.append(_Place(body.position_w[:2], np.maximum(extents - foot.max(), 0.0), world.regions[other].box.top))
         elif is_region and _is_reachable(environment, reader, other, bodies):
-            floor = float(body.position_w[2]) - vertical_half_extent(body) + DROP
+            floor = world.regions[other].box.bottom + DROP
             places.append(_Place(body.position_w[:2], np.zeros(2), floor))
         elif category_of(other) in PLAIN_CARRIERS:
-            places.append(_Place(body.position_w[:2], np.zeros(2), upside(body)))
+            places.append(_Place(body.position_w[:2], np.zeros(2), body.parts.top))
     return places
 
 
 def _is_reachable(environment: Environment, reader: SceneReader, region: str, bodies: dict[str, Body]) -> bool:
     """A basket, tray, shelf or compartment always; a drawer or microwave if it stands open."""
-    owner = next(name for name in environment.arm.boxes if region.startswith(name))
+    owner = next(name for name in environment.arm.parts if region.startswith(name))
     doors = [joint for joint in reader.joints(owner) if joint.part == "door" or joint.part.split()[0] in region]
     return all(reader.opening(joint) > 0.5 for joint in doors)
 
 
 def _move(environment: Environment, reader: SceneReader, name: str, place: _Place, generator: np.random.Generator) -> None:
     """Put `name` down at a random point of the place, turned about the vertical; back where it was if nothing is free."""
-    arm, box = environment.arm, environment.arm.boxes[name]
+    arm, box = environment.arm, environment.arm.parts[name]
     address = arm.model.jnt_qposadr[arm.model.body_jntadr[box.body_id]]
     pose = slice(address, address + 7)
     before = arm.data.qpos[pose].copy()
@@ -103,7 +103,7 @@ def _move(environment: Environment, reader: SceneReader, name: str, place: _Plac
         turn = generator.uniform(-np.pi, np.pi)
         centre = np.append(place.centre + place.spread * generator.uniform(-1, 1, 2), body.position_w[2])
         if place.floor is not None:
-            centre[2] = place.floor + vertical_half_extent(body) + 0.005
+            centre[2] = place.floor + body.position_w[2] - body.parts.bottom + 0.005
         u, v = reader.picture(centre)
         if not (PICTURE[0][0] < u < PICTURE[0][1] and PICTURE[1][0] < v < PICTURE[1][1]):
             continue
@@ -118,7 +118,7 @@ def _move(environment: Environment, reader: SceneReader, name: str, place: _Plac
     arm.forward()
 
 
-def _collides(arm: object, geoms: frozenset[int]) -> bool:
+def _collides(arm: object, geoms: tuple[int, ...]) -> bool:
     """Whether one of these geoms is inside another thing's."""
     return any(
         contact.dist < -PENETRATION and (int(contact.geom[0]) in geoms) != (int(contact.geom[1]) in geoms)

@@ -273,7 +273,7 @@ def test_libero_world_names_the_goal_and_where_it_is(libero_object):
     world = libero_object.world()
     ((predicate, thing, region),) = world.goal
     assert (predicate, region) == ("in", "basket_1_contain_region")
-    inside = world.bodies[region].position_w - world.bodies["basket_1"].position_w
+    inside = world.regions[region].position_w - world.bodies["basket_1"].position_w
     assert np.linalg.norm(inside[:2]) < 0.02
     assert 0.01 < world.bodies[thing].half_extents.max() < 0.1
 
@@ -284,6 +284,6 @@ def test_objects_stay_in_a_libero_drawer_that_the_last_episode_moved():
     for index in range(3):
         spatial.reset(4, start("train", index))
         bodies = spatial.world().bodies
-        offset = bodies["akita_black_bowl_1"].position_w - bodies["wooden_cabinet_1_top_region"].position_w
+        offset = bodies["akita_black_bowl_1"].position_w - spatial.world().regions["wooden_cabinet_1_top_region"].position_w
         assert np.abs(offset).max() < 0.02
     spatial.close()

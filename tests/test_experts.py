@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from sim.environment import Body, World
-from sim.experts import measure, skills
+from sim.environment import Body, Region, World
+from sim.experts import measure
+from sim.experts.geometry import HOME_FINGER_AXIS, TIP_LENGTH, angle_between_lines
+from sim.experts.grasping import Grasp, choose_grasp
+from sim.experts.motion import MAX_SPEED, MAX_TURN, OPEN, solids
 from sim.experts.programs import GoalExpert, NoisyExpert, build_expert
 from sim.libero import find_assets
 from sim.seeds import start
@@ -29,6 +32,14 @@ def box(position, half_extents, yaw=0.0, touches=(False, False)) -> Body:
     return Body(np.array(position, float), turned(yaw), np.array(half_extents), touches)
 
 
+def grasp_of(world: World, name: str) -> Grasp:
+    return choose_grasp(world, world.bodies[name], solids(world, without=(name,)))
+
+
+def finger_axis(grasp: Grasp) -> np.ndarray:
+    return grasp.rotation_w[:, 1]
+
+
 def random_rotation(generator: np.random.Generator) -> np.ndarray:
     matrix, _ = np.linalg.qr(generator.standard_normal((3, 3)))
     return matrix * np.sign(np.linalg.det(matrix))
@@ -37,54 +48,57 @@ def random_rotation(generator: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("goal", [(("lifted", "a"),), (("on", "a", "b"),), (("in", "a", "b"),)])
 def test_any_state_has_a_bounded_label(goal):
     generator = np.random.default_rng(0)
-    for _ in range(200):
+    for _ in range(40):
         bodies = {
             name: Body(
                 generator.uniform(-0.3, 0.3, 3),
                 random_rotation(generator),
-                generator.uniform(0.005, 0.08, 3),
+                generator.uniform(0.005, 0.035, 3),
                 tuple(generator.random(2) < 0.5),
             )
             for name in ("a", "b")
         }
         width = generator.uniform(0, 0.08)
-        world = World(generator.uniform(-0.3, 0.3, 3), random_rotation(generator), width, bodies, goal)
+        regions = {"b": Region(bodies["b"].position_w, bodies["b"].rotation_w, bodies["b"].half_extents)}
+        place = generator.uniform(-0.3, 0.3, 3)
+        world = World(place, random_rotation(generator), width, bodies, goal, (False,), regions if goal[0][0] == "in" else {})
         action = GoalExpert().action(world)
+        np.testing.assert_array_equal(GoalExpert().action(world), action)  # no memory
         assert action.shape == (7,) and action.dtype == np.float32
-        assert np.linalg.norm(action[:3]) <= skills.MAX_SPEED + 1e-6
-        assert np.linalg.norm(action[3:6]) <= skills.MAX_TURN + 1e-6
+        assert np.linalg.norm(action[:3]) <= MAX_SPEED + 1e-6
+        assert np.linalg.norm(action[3:6]) <= MAX_TURN + 1e-6
         assert action[6] in (-1.0, 1.0)
 
 
 def test_grasp_closes_along_the_side_that_fits():
     world = world_with(box=box((0, 0, 0.01), (0.021, 0.041, 0.009)))
-    grasp = skills.plan_grasp(world, "box")
-    assert np.allclose(np.abs(grasp.finger_axis_w), [1, 0, 0]) and grasp.width == pytest.approx(0.042)
-    assert grasp.position_w[2] - skills.TIP_LENGTH > 0.0  # the finger tips stay above what the box lies on
+    grasp = grasp_of(world, "box")
+    assert np.allclose(np.abs(finger_axis(grasp)), [1, 0, 0], atol=0.02) and grasp.width == pytest.approx(0.042, abs=0.004)
+    assert grasp.position_w[2] - TIP_LENGTH > 0.0  # the finger tips stay above what the box lies on
 
 
 @pytest.mark.parametrize("yaw", np.radians([-80, -50, -40, -10, 10, 40, 50, 80]))
 def test_cube_is_grasped_with_the_smallest_turn(yaw):
-    grasp = skills.plan_grasp(world_with(box=box((0, 0, 0.02), (0.02, 0.02, 0.02), yaw)), "box")
-    assert skills.angle_between_lines(grasp.finger_axis_w, skills.HOME_FINGER_AXIS) < np.radians(45.1)
+    grasp = grasp_of(world_with(box=box((0, 0, 0.02), (0.02, 0.02, 0.02), yaw)), "box")
+    assert angle_between_lines(finger_axis(grasp), HOME_FINGER_AXIS) < np.radians(45.1)
 
 
 def test_fingers_avoid_a_neighbour():
     cube, neighbour = box((0, 0, 0.02), (0.02, 0.02, 0.02)), box((0, 0.055, 0.025), (0.025, 0.025, 0.025))
-    grasp = skills.plan_grasp(world_with(box=cube, neighbour=neighbour), "box")
-    assert np.allclose(np.abs(grasp.finger_axis_w), [1, 0, 0])
+    grasp = grasp_of(world_with(box=cube, neighbour=neighbour), "box")
+    assert np.allclose(np.abs(finger_axis(grasp)), [1, 0, 0], atol=0.02)
 
 
 def test_missed_grasp_reopens_and_rises():
-    at_grasp = skills.plan_grasp(world_with(box=box((0, 0, 0.02), (0.02, 0.02, 0.02))), "box").position_w
+    at_grasp = grasp_of(world_with(box=box((0, 0, 0.02), (0.02, 0.02, 0.02))), "box").position_w
     closed_on_nothing = world_with(at_grasp, width=0.0, box=box((0, 0, 0.02), (0.02, 0.02, 0.02)))
     action = GoalExpert().action(closed_on_nothing)
-    assert action[6] == skills.OPEN and action[2] > 0.3
+    assert action[6] == OPEN and action[2] > 0.3
 
 
 def test_unknown_goal_says_which_programs_exist():
     with pytest.raises(ValueError, match="lifted"):
-        GoalExpert().action(world_with(goal=(("turnon", "stove"),), box=box((0, 0, 0), (0.1, 0.1, 0.1))))
+        GoalExpert().action(world_with(goal=(("polish", "stove"),), box=box((0, 0, 0), (0.1, 0.1, 0.1))))
 
 
 def test_noise_disturbs_motion_and_never_the_label():
@@ -112,7 +126,7 @@ def test_lift_recovers_from_a_dropped_cube():
         held += all(world.bodies["cube"].touches_fingers)
         action = expert.action(world)
         if 1 <= held <= 2:  # let go as soon as it is held
-            action[6] = skills.OPEN
+            action[6] = OPEN
         if environment.step(action):
             break
     else:

@@ -71,7 +71,6 @@ TORCH_FREE = (
     "sim.gym_env",
     "sim.libero_hdf5",
     "sim.import_dataset",
-    "sim.experts.skills",
     "sim.experts.programs",
     "sim.corpus",
     "sim.corpus_plan",

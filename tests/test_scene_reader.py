@@ -50,7 +50,7 @@ def settled(environment, index: int, task: int) -> None:
 
 def put(environment, name: str, centre) -> None:
     """Teleport a thing so that its box is centred there, in the rotation that it has."""
-    arm, box = environment.arm, environment.arm.boxes[name]
+    arm, box = environment.arm, environment.arm.parts[name]
     body = environment.world().bodies[name]
     address = arm.model.jnt_qposadr[arm.model.body_jntadr[box.body_id]]
     arm.data.qpos[address : address + 3] += np.asarray(centre) - body.position_w
@@ -115,7 +115,7 @@ def test_the_nearer_of_two_alike_things_is_lower_and_larger(libero) -> None:
 def test_in_the_basket_on_the_floor_and_in_the_air(libero) -> None:
     environment, reader = libero
     settled(environment, 0, 2)
-    basket = environment.world().bodies["basket_1_contain_region"].position_w
+    basket = environment.world().regions["basket_1_contain_region"].position_w
     put(environment, "cream_cheese_1", basket + [0.0, 0.0, 0.02])
     for _ in range(12):
         environment.step(OPEN_GRIPPER)

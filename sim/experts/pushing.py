@@ -1,0 +1,141 @@
+"""Pushing an object along the table with the closed fingers, as one does with a plate that cannot be pinched."""
+
+import numpy as np
+
+from sim.boxes import UP, Boxes
+from sim.environment import Body, Region, World
+from sim.experts.geometry import (
+    DOWN,
+    FINGER_DEPTH,
+    FINGER_HALF_WIDTH,
+    TIP_LENGTH,
+    angles_between,
+    comfortable,
+    hand_rotation,
+    horizontal,
+    ramp,
+    rotation_about,
+    tilted,
+)
+from sim.experts.grasping import crowding
+from sim.experts.motion import CLOSE, named_solids, servo, solids, travel
+from sim.experts.pinches import find_pinches
+
+HARD_TO_PINCH = 2.0  # cost of the best pinch of an upright object, beyond which it is pushed
+FLOAT = 0.004  # m, of the finger tips above what the object stands on
+LEANS = np.radians([65.0, 90.0, 45.0])  # of the approach below the horizontal
+YAWS = np.radians([0.0, -20.0, 20.0, -40.0, 40.0])  # of the fingers from square to the push
+BEHIND = 0.015  # m, between finger tips and object before the push
+TURN = 0.15  # m, what a turn on the way is worth avoiding
+ARRIVED = 0.015  # m, nearer than this a turning point is reached
+LEAD = 0.03  # m, how far ahead of itself the hand is sent
+
+
+def is_hard_to_pinch(body: Body) -> bool:
+    """Whether no good pinch from above exists."""
+    shape = Boxes.single(body.half_extents) if body.shape is None else body.shape
+    costs = find_pinches(shape, tuple((np.round(body.rotation_w.T @ DOWN) + 0.0).tolist())).cost
+    return not len(costs) or float(costs[0]) > HARD_TO_PINCH
+
+
+def push_into(world: World, name: str, region: Region) -> np.ndarray:
+    """Push body `name` over the table until its origin is in the region, around what stands in the way.
+
+    The closed fingers stand side by side across the push.
+    """
+    body = world.bodies[name]
+    remaining = np.array([*next_point(world, name, region), 0.0]) - body.origin_w * [1.0, 1.0, 0.0]
+    direction = horizontal(remaining)
+    stand, rotation = pushing_pose(world, name, direction)
+    offset = stand - world.gripper_position_w
+    ahead = float(offset @ direction)
+    aside = offset - ahead * direction
+    turn = float(angles_between(rotation, world.gripper_rotation_w))
+    if -0.03 < ahead < BEHIND + 0.02 and np.linalg.norm(aside) < 0.025 and turn < 0.3:
+        steady = 1.0 - ramp(float(np.linalg.norm(aside)), 0.01, 0.025)
+        return servo(world, world.gripper_position_w + aside + steady * LEAD * direction, rotation, CLOSE)
+    return travel(world, stand - BEHIND * direction, rotation, CLOSE, solids(world))
+
+
+def next_point(world: World, name: str, region: Region) -> np.ndarray:
+    """Where to push body `name` next, [2] m: the end of the first leg of the shortest free way into the region.
+
+    Ways have one or two legs; those of two turn at a corner of the rectangle around an obstacle, widened by the body's
+    size. If no way is free, straight to the nearest point of the region.
+    """
+    body = world.bodies[name]
+    start, middle = body.origin_w[:2], region.position_w[:2]
+    low, high = rectangles(world, name)
+    inside = ((start > low) & (start < high)).all(axis=1)  # touched already: no obstacle
+    low, high = low[~inside], high[~inside]
+    steps = np.stack(np.meshgrid(*[np.linspace(-0.9, 0.9, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+    ends = middle + steps * (np.abs(region.rotation_w[:2, :2]) @ region.half_extents[:2])
+    corners = np.array([[x, y] for (x0, y0), (x1, y1) in zip(low, high) for x in (x0, x1) for y in (y0, y1)]).reshape(-1, 2)
+    turns = np.concatenate([ends, corners[is_free(start[None], corners, low, high)[0]]])
+    free = is_free(start[None], turns, low, high)[0][:, None] & is_free(turns, ends, low, high)
+    first = np.linalg.norm(turns - start, axis=1)[:, None]
+    second = np.linalg.norm(turns[:, None] - ends[None], axis=2)
+    cost = first + second + TURN * (second > 1e-6) + 0.3 * np.linalg.norm(ends - middle, axis=1)
+    cost = np.where(free, cost, np.inf)
+    if not np.isfinite(cost).any():
+        return ends[int(np.argmin(np.linalg.norm(ends - start, axis=1)))]
+    turn, end = np.unravel_index(int(np.argmin(cost)), cost.shape)
+    return ends[end] if first[turn, 0] < ARRIVED else turns[turn]
+
+
+def rectangles(world: World, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Corners (low, high), [K, 2] each, of what stands at the height of body `name`, widened by half the body's width."""
+    body = world.bodies[name]
+    radius = float(np.mean(body.half_extents[:2])) + 0.006
+    low, high = [], []
+    for key, other in named_solids(world).items():
+        if key == name or other.parts.bottom > body.parts.top or other.parts.top < body.parts.bottom + 0.005:
+            continue
+        ends = np.array([other.parts.span(axis) for axis in np.eye(3)[:2]])
+        low.append(ends[:, 0].min(axis=1) - radius)
+        high.append(ends[:, 1].max(axis=1) + radius)
+    return np.array(low).reshape(-1, 2), np.array(high).reshape(-1, 2)
+
+
+def is_free(starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Which straight lines from [A, 2] to [B, 2] meet no rectangle's inside: bool [A, B]."""
+    if not len(low) or not len(ends):
+        return np.ones((len(starts), len(ends)), bool)
+    way = ends[None, :, None] - starts[:, None, None]
+    way = np.where(np.abs(way) < 1e-9, 1e-9, way)
+    crossings = np.stack([(edge + inward - starts[:, None, None]) / way for edge, inward in ((low, 1e-4), (high, -1e-4))])
+    enter, leave = crossings.min(axis=0).max(axis=3), crossings.max(axis=0).min(axis=3)
+    return ~((enter < leave) & (leave > 0.0) & (enter < 1.0)).any(axis=2)
+
+
+def pushing_pose(world: World, name: str, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Grip site [3] and rotation [3, 3] of a hand that stands behind body `name`, leaning over it and across the push.
+
+    The lean and the turn are those that leave room for the palm; a hand that is there already keeps them.
+    """
+    body, others = world.bodies[name], Boxes.joined(other.parts for key, other in named_solids(world).items() if key != name)
+    edge = body.origin_w - distance_behind(body, direction) * direction
+    there = 1.0 - ramp(float(np.linalg.norm(edge[:2] - world.gripper_position_w[:2])), 0.08, 0.2)
+    leans = [(tilted(-direction, lean), 0.7 * number) for number, lean in enumerate(LEANS)]
+    poses = [(approach, yaw, cost + abs(yaw)) for approach, cost in leans for yaw in YAWS]
+    axes = [rotation_about(UP, yaw) @ np.cross(direction, DOWN) for _, yaw, _ in poses]
+    rotations = np.stack([hand_rotation(approach, axis) for (approach, _, _), axis in zip(poses, axes)])
+    rotations = comfortable(rotations, world.gripper_rotation_w)
+    heights = body.parts.bottom + FLOAT + FINGER_HALF_WIDTH * np.linalg.norm(rotations[:, :2, 2], axis=1)
+    tips = np.concatenate([np.broadcast_to(edge[:2], (len(poses), 2)), heights[:, None]], axis=1)
+    stands = tips - TIP_LENGTH * rotations[:, :, 2]
+    cost = np.array([cost for _, _, cost in poses]) + crowding(stands - BEHIND * direction, rotations, others)
+    cost += 4.0 * there * angles_between(rotations, world.gripper_rotation_w)
+    best = int(np.argmin(cost))
+    return stands[best], rotations[best]
+
+
+def distance_behind(body: Body, direction: np.ndarray) -> float:
+    """From the origin of a body back to where the grip site is when both closed fingers touch it, m.
+
+    The outer edge of a finger stands to the side, where a round body is narrower than at its middle.
+    """
+    back = float(body.parts.span(-direction)[1].max() + body.origin_w @ direction)
+    side = np.cross(direction, DOWN)
+    half_width = float(body.parts.span(side)[1].max() - body.origin_w @ side)
+    return back - half_width + np.sqrt(max(half_width**2 - FINGER_DEPTH**2, 0.0)) + FINGER_HALF_WIDTH
