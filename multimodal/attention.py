@@ -58,6 +58,15 @@ def key_padding_mask(is_real: Tensor) -> Tensor:
     return is_real[:, None, None, :]
 
 
+def within_window(mask: Tensor | None, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """`mask`, and each of the last `num_queries` of `num_keys` places sees only its `window` latest, itself included."""
+    if window is None or num_keys <= window:
+        return mask
+    query = torch.arange(num_keys - num_queries, num_keys, device=device)
+    near = query[:, None] - torch.arange(num_keys, device=device)[None] < window
+    return near if mask is None else mask & near
+
+
 class KVCache:
     """Keys and values of every layer for positions already computed, each [B, kv_heads, length, head_dim].
 
@@ -138,7 +147,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.layer = layer
+        self.layer, self.window = layer, config.sliding_window
         self.num_heads, self.kv_heads, self.head_dim = config.num_heads, config.kv_heads, config.head_dim
         width = config.hidden_size
         self.query = nn.Linear(width, self.num_heads * self.head_dim, bias=config.qkv_bias)
@@ -167,4 +176,5 @@ class Attention(nn.Module):
         query = self.query_norm(self._heads(self.query(x), self.num_heads))
         if angles is not None:
             query = rotate(query, *angles)
+        mask = within_window(mask, query.shape[2], keys.shape[2], self.window, x.device)
         return self.output(attend(query, keys, values, mask).transpose(1, 2).flatten(2))

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.yaml"
+CARD = "README.md"  # describes a folder and decides nothing: no part of what is loaded or hashed
 
 
 @dataclass(frozen=True)
@@ -73,12 +74,14 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     return Checkpoint(folder, config, read_tensors(folder / WEIGHTS), blobs)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
-    """Copy `state` into `model`; every name and shape must agree.
+def load_weights(
+    model: nn.Module, state: Mapping[str, Tensor], source: str | Path, *, only: Collection[str] | None = None
+) -> None:
+    """Copy `state` into `model`; every name and shape must agree, of the whole model or of the names `only`.
 
     Raises ValueError that lists missing names, unexpected names and differing shapes; the model is then unchanged.
     """
-    expected = model.state_dict()
+    expected = {name: value for name, value in model.state_dict().items() if only is None or name in only}
     missing = sorted(expected.keys() - state.keys())
     unexpected = sorted(state.keys() - expected.keys())
     shapes = [
@@ -90,11 +93,11 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str | Pa
         parts = [("missing", missing), ("unexpected", unexpected), ("of another shape", shapes)]
         details = "\n".join(f"  {len(names)} {what}: {_shortened(names)}" for what, names in parts if names)
         raise ValueError(f"The weights in {source} do not fit the model built from their config:\n{details}")
-    model.load_state_dict(dict(state), strict=True)
+    model.load_state_dict(dict(state), strict=only is None)
 
 
 def checkpoint_hash(folder: str | Path) -> str:
-    """First 16 hex digits of a SHA-256 over the names and contents of every file; equal folders have equal hashes."""
+    """First 16 hex digits of a SHA-256 over the names and contents of every file but the card; equal folders have equal hashes."""
     digest = hashlib.sha256()
     for path in _files(_existing(Path(folder))):
         with path.open("rb") as file:
@@ -188,7 +191,7 @@ def _previous(folder: Path) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".") and path.name != CARD)
 
 
 def _sync(path: Path) -> None:

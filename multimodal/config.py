@@ -7,7 +7,8 @@ from typing import Any
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("swiglu", "geglu", "gelu")
 POSITIONS = ("rotary", "mrotary", "learned", "none")
-TOWER_LIBRARIES = ("timm", "open_clip")
+SCALINGS = ("none", "linear", "llama3")
+TOWER_LIBRARIES = ("timm", "open_clip", "timm_vit", "transformers")
 
 
 def check_choice(owner: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -45,15 +46,31 @@ class ImageConfig:
 class VisionConfig:
     """An image tower by its library's name. `options` go to the library's constructor."""
 
-    library: str = "timm"  # timm | open_clip
-    name: str = "resnet18"
-    stage: int = -1  # which feature map becomes tokens: timm out_indices entry, open_clip block index
+    library: str = "timm"  # timm | open_clip | timm_vit | transformers
+    name: str = "resnet18"  # timm_vit: several names joined by + stand side by side; transformers: a row of its table
+    stage: int = -1  # what becomes tokens: timm out_indices entry, block index (open_clip, timm_vit), hidden state (transformers)
     image_size: int = 112  # pixels after cropping; any size the tower accepts
     pretrained: str | None = None  # None: random weights; timm: "true" or a tag; open_clip: a tag or file
     options: Mapping[str, Any] = field(default_factory=dict)
+    keep_class_token: bool = False  # transformers' CLIP towers: the class token comes before the patches
 
     def __post_init__(self) -> None:
         check_choice("VisionConfig", "library", self.library, TOWER_LIBRARIES)
+
+
+@dataclass(frozen=True)
+class ProjectorConfig:
+    """What stands between tower and decoder: group patches, norm, then linear layers with GELU in between."""
+
+    hidden_sizes: tuple[int, ...] = ()  # widths of the layers before the last; none: one linear layer
+    bias: bool = True
+    group_side: int = 1  # side x side patches become one token, their channels side by side
+    norm: str = "none"  # of each patch, before grouping: none | rms | layer
+    norm_eps: float = 1e-6
+    newline: bool = False  # a trained token behind every row of patches, or behind a single tile (LLaVA-NeXT)
+
+    def __post_init__(self) -> None:
+        check_choice("ProjectorConfig", "norm", self.norm, ("none", *NORMS))
 
 
 @dataclass(frozen=True)
@@ -78,12 +95,19 @@ class DecoderConfig:
     rotary_base: float = 10_000.0
     rotary_sections: tuple[int, ...] = ()  # mrotary: rotated pairs per position axis, summing to head_size / 2
     max_positions: int = 0  # learned positions only
-    embedding_scale: float = 1.0  # Gemma multiplies inputs by sqrt(hidden_size)
+    embedding_scale: float = 1.0  # on every input; VLMConfig.text_scale scales text alone, as Gemma needs it beside images
+    rotary_scaling: str = "none"  # none | linear | llama3
+    rotary_factor: float = 1.0  # linear, llama3: by how much low frequencies are slowed
+    rotary_low_factor: float = 1.0  # llama3: wavelengths above rotary_length / this are slowed whole
+    rotary_high_factor: float = 4.0  # llama3: wavelengths below rotary_length / this are kept
+    rotary_length: int = 8192  # llama3: positions before the context was extended
+    sliding_window: int | None = None  # a position sees this many keys, itself included; None: all
 
     def __post_init__(self) -> None:
         check_choice("DecoderConfig", "norm", self.norm, NORMS)
         check_choice("DecoderConfig", "activation", self.activation, ACTIVATIONS)
         check_choice("DecoderConfig", "positions", self.positions, POSITIONS)
+        check_choice("DecoderConfig", "rotary_scaling", self.rotary_scaling, SCALINGS)
         if self.head_size is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"DecoderConfig.hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}; "
@@ -110,7 +134,7 @@ class DecoderConfig:
 class VLMConfig:
     """An image tower, a projector and a decoder over one embedding table of text ids."""
 
-    vision: VisionConfig = field(default_factory=VisionConfig)
+    vision: VisionConfig | None = field(default_factory=VisionConfig)  # None: a language model without images
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     vocab_size: int = 64  # text ids of the tokenizer
     num_cameras: int = 2
@@ -118,6 +142,27 @@ class VLMConfig:
     logit_scale: float = 1.0  # on the head's output; hidden_size ** -0.5 starts a tied head near uniform
     image_token_id: int | None = None  # text id that stands for an image's tokens; None: images precede the text
     bidirectional_images: bool = True  # image tokens that stand together see each other; False: causal, as LLaVA and Qwen2-VL
+    projector: ProjectorConfig = field(default_factory=ProjectorConfig)
+    image_positions: bool = True  # a trained embedding per camera and image token; published models have none
+    text_scale: float = 1.0  # on text embeddings; Gemma: sqrt(hidden_size)
+    num_new_tokens: int = 0  # ids grown behind vocab_size, in rows of their own (multimodal/vocabulary.py)
+    bidirectional_prompt: bool = False  # the prompt sees itself whole, answers are causal (PaliGemma)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "VLMConfig":
+        """Inverse of `dataclasses.asdict`, lists taken for tuples. Raises TypeError on an unknown field."""
+        values = dict(values)
+        vision, projector = values.pop("vision"), dict(values.pop("projector", {}))
+        decoder = dict(values.pop("decoder"))
+        decoder["rotary_sections"] = tuple(decoder["rotary_sections"])
+        if "hidden_sizes" in projector:
+            projector["hidden_sizes"] = tuple(projector["hidden_sizes"])
+        return cls(
+            vision=None if vision is None else VisionConfig(**vision),
+            decoder=DecoderConfig(**decoder),
+            projector=ProjectorConfig(**projector),
+            **values,
+        )
 
 
 # A narrow residual tower trained from scratch: stride 16, 49 tokens at 112 pixels, 0.7 M parameters.

@@ -37,11 +37,7 @@ class Decoder(nn.Module):
         self.config = config
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = build_norm(config, config.hidden_size)
-        self.rotary = (
-            Rotary(config.head_dim, config.rotary_base, config.rotary_sections)
-            if config.positions in ("rotary", "mrotary")
-            else None
-        )
+        self.rotary = Rotary(config) if config.positions in ("rotary", "mrotary") else None
         self.learned_positions = (
             nn.Embedding(config.max_positions, config.hidden_size) if config.positions == "learned" else None
         )

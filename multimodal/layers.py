@@ -1,5 +1,7 @@
 """Norms, gated MLP and rotary embedding: the parts of a decoder block that see one position at a time."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -60,11 +62,10 @@ class Rotary(nn.Module):
 
     inverse_frequency: Tensor
 
-    def __init__(self, head_dim: int, base: float, sections: tuple[int, ...] = ()) -> None:
+    def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        self.register_buffer("inverse_frequency", base**-exponent, persistent=False)
-        self.sections = sections
+        self.config, self.sections = config, config.rotary_sections
+        self.register_buffer("inverse_frequency", rotary_frequencies(config), persistent=False)
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [B, T] (or [A, B, T] with sections) -> cos, sin, each [B, 1, T, head_dim / 2] in at least float32."""
@@ -73,6 +74,26 @@ class Rotary(nn.Module):
             axes = phase.split(self.sections, dim=-1)
             phase = torch.cat([part[axis] for axis, part in enumerate(axes)], dim=-1)
         return phase.cos()[:, None], phase.sin()[:, None]
+
+
+def rotary_frequencies(config: DecoderConfig) -> Tensor:
+    """Radians per position of each rotated pair, float32 [head_dim / 2].
+
+    base ** (-2 i / head_dim), slowed for contexts longer than the model was trained on first:
+    linear (Chen et al. 2023): all of them by rotary_factor. llama3 (Llama 3.1's released code, `apply_scaling`): wavelengths
+    up to length / high_factor are kept, those from length / low_factor on are slowed by rotary_factor, and in between the two
+    are mixed in proportion to length / wavelength.
+    """
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = config.rotary_base**-exponent
+    if config.rotary_scaling == "linear":
+        return frequency / config.rotary_factor
+    if config.rotary_scaling == "llama3":
+        turns = config.rotary_length * frequency / (2 * math.pi)  # over the original context
+        low, high = config.rotary_low_factor, config.rotary_high_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return frequency * (kept + (1 - kept) / config.rotary_factor)
+    return frequency
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

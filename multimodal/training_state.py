@@ -63,8 +63,12 @@ def save_training_state(
     folder: Path, *, model: nn.Module, optimizer: torch.optim.Optimizer, average: WeightAverage | None,
     position: Position, settings: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Write everything into the existing `folder`; `settings` are what a resumed run must share."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    """Write everything into the existing `folder`; `settings` are what a resumed run must share.
+
+    Frozen parameters are left out: whoever builds the model for a resumed run gives them as before.
+    """
+    changing = _changing(model)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items() if name in changing}
     if average is not None:
         tensors |= {f"average.{name}": value for name, value in average.average.items()}
     for index, moments in optimizer.state_dict()["state"].items():
@@ -87,7 +91,7 @@ def load_training_state(
     if changed:
         raise ValueError(f"{folder} belongs to a run with other settings: {'; '.join(changed)}. Restore them or start anew.")
     tensors = read_tensors(folder / _TENSORS)
-    load_weights(model, _under("model.", tensors), folder)
+    load_weights(model, _under("model.", tensors), folder, only=_changing(model))
     if average is not None:
         saved = _under("average.", tensors)
         if saved.keys() != average.average.keys():
@@ -105,6 +109,12 @@ def load_training_state(
         moments.setdefault(int(index), {})[moment] = value
     optimizer.load_state_dict({**state, "state": moments})
     return Position(record["step"], record["elapsed"])
+
+
+def _changing(model: nn.Module) -> set[str]:
+    """Names of the model's state without its frozen parameters."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return model.state_dict().keys() - frozen
 
 
 def read_position(folder: Path) -> Position:

@@ -1,9 +1,10 @@
-"""Image towers of timm and open_clip behind one call: images [B, C, 3, H, W] -> tokens [B, C * P, width]."""
+"""Image towers of timm, open_clip and transformers behind one call: images [B, C, 3, H, W] -> tokens [B, C * P, D]."""
 
 import torch
 from torch import Tensor, nn
 
 from multimodal.config import VisionConfig
+from multimodal.published_towers import build_timm_vit, build_transformers_tower
 
 
 class VisionTower(nn.Module):
@@ -21,6 +22,13 @@ class VisionTower(nn.Module):
         flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         tokens = self.tower(flat)  # [B * C, P, width]
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches of an image of that size. Raises ValueError for a tower that does not name its patch size."""
+        patch = getattr(self.tower, "patch_size", None)
+        if patch is None:
+            raise ValueError(f"A {self.config.library} tower has no fixed patch size; group its tokens with group_side 1.")
+        return height // patch, width // patch
 
 
 class _TimmTower(nn.Module):
@@ -71,4 +79,6 @@ def _measure(tower: nn.Module, config: VisionConfig) -> tuple[nn.Module, int, in
 _BUILDERS = {
     "timm": lambda config: _measure(_TimmTower(config), config),
     "open_clip": lambda config: _measure(_OpenClipTower(config), config),
+    "timm_vit": build_timm_vit,
+    "transformers": build_transformers_tower,
 }

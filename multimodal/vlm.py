@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import causal_mask
-from multimodal.config import VLMConfig
+from multimodal.config import ProjectorConfig, VLMConfig
 from multimodal.decoder import EMBEDDING_STD, Decoder, arange_positions, initialise
+from multimodal.projector import Projector, append_newline
 from multimodal.sampling import SamplingConfig, choose
 from multimodal.vision import VisionTower
 
@@ -21,46 +22,91 @@ class VLM(nn.Module):
     together see each other whole (if the config says so), whatever text follows.
     """
 
-    def __init__(self, config: VLMConfig) -> None:
+    def __init__(self, config: VLMConfig, tower: VisionTower | None = None) -> None:
+        """tower: one that is built already, when the rest is laid out without memory (multimodal/pretrained)."""
         super().__init__()
         self.config = config
         width = config.decoder.hidden_size
-        self.vision = VisionTower(config.vision)
-        self.projector = nn.Linear(self.vision.width, width)
-        self.image_positions = nn.Parameter(torch.zeros(config.num_cameras, self.vision.tokens_per_image, width))
+        if config.vision is not None:
+            self.vision = tower or VisionTower(config.vision)
+            plain = config.projector == ProjectorConfig()
+            narrow = self.vision.width
+            self.projector = nn.Linear(narrow, width) if plain else Projector(config.projector, narrow, width)
+            if config.image_positions:
+                self.image_positions = nn.Parameter(torch.zeros(config.num_cameras, self.tokens_per_image, width))
+            if config.projector.newline:
+                self.image_newline = nn.Parameter(torch.randn(width) * width**-0.5)
         self.text_embedding = nn.Embedding(config.vocab_size, width)
         self.head = None if config.tie_embeddings else nn.Linear(width, config.vocab_size, bias=False)
-        for module in (self.projector, self.text_embedding, *([] if self.head is None else [self.head])):
+        if config.vision is not None:
+            self.projector.apply(initialise)
+        for module in (self.text_embedding, *([] if self.head is None else [self.head])):
             initialise(module)
-        nn.init.normal_(self.image_positions, std=EMBEDDING_STD)
+        if config.vision is not None and config.image_positions:
+            nn.init.normal_(self.image_positions, std=EMBEDDING_STD)
         self.decoder = Decoder(config.decoder)
+        if config.num_new_tokens:
+            self.new_embedding = nn.Embedding(config.num_new_tokens, width)
+            self.new_head = None if config.tie_embeddings else nn.Linear(width, config.num_new_tokens, bias=False)
+
+    # ---------------------------------------------------------------------------------------------------------- images
 
     @property
     def tokens_per_image(self) -> int:
-        return self.vision.tokens_per_image
+        """Tokens the decoder sees of one image of the config's size; 0 without a tower."""
+        if self.config.vision is None:
+            return 0
+        return self.vision.tokens_per_image // self.config.projector.group_side**2 + self.config.projector.newline
 
     @property
     def num_image_tokens(self) -> int:
         return self.config.num_cameras * self.tokens_per_image
 
-    # ---------------------------------------------------------------------------------------------------------- inputs
-
     def embed_images(self, images: Tensor) -> Tensor:
-        """Float images [B, C, 3, h, w] in the tower's range -> [B, C * P, hidden_size], camera and place marked."""
-        tokens = self.projector(self.vision(images))
-        return tokens + self.image_positions.flatten(0, 1)
+        """Float images [B, C, 3, H, W] in the tower's range -> [B, C * P, hidden_size], place marked if the config says so."""
+        if isinstance(self.projector, Projector):
+            tokens = self.image_features(images.flatten(0, 1)).unflatten(0, images.shape[:2]).flatten(1, 2)
+        else:
+            tokens = self.projector(self.vision(images))
+        return tokens + self.image_positions.flatten(0, 1) if self.config.image_positions else tokens
+
+    def image_features(self, images: Tensor) -> Tensor:
+        """Float images [N, 3, H, W] -> [N, P, hidden_size]: what depends on an image's content alone (so it can be cached)."""
+        tokens = self.patch_features(images)
+        return append_newline(tokens, self.image_newline) if self.config.projector.newline else tokens
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """Like `image_features`, without the newline token: what tiles of one image are packed from (multimodal/tiles.py)."""
+        patches = self.vision(images[:, None])
+        if not isinstance(self.projector, Projector):
+            return self.projector(patches)
+        side = self.config.projector.group_side
+        return self.projector(patches, (1, patches.shape[1]) if side == 1 else self.vision.grid(*images.shape[2:]))
+
+    def image_grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the tokens that the decoder sees of an image of that size."""
+        rows, columns = self.vision.grid(height, width)
+        return rows // self.config.projector.group_side, columns // self.config.projector.group_side
+
+    # ------------------------------------------------------------------------------------------------------------ text
 
     def embed_text(self, text_ids: Tensor) -> Tensor:
         """Ids [B, T] -> [B, T, hidden_size]."""
-        return self.text_embedding(text_ids)
+        if self.config.num_new_tokens:
+            is_new = text_ids >= self.config.vocab_size
+            grown = self.new_embedding((text_ids - self.config.vocab_size).clamp(min=0))
+            embedded = torch.where(is_new[..., None], grown, self.text_embedding(text_ids.masked_fill(is_new, 0)))
+        else:
+            embedded = self.text_embedding(text_ids)
+        scale = self.config.text_scale
+        # Rounded to the embeddings' dtype first, as in training (Gemma's released code).
+        return embedded if scale == 1.0 else embedded * embedded.new_tensor(scale)
 
-    def image_features(self, images: Tensor) -> Tensor:
-        """Float images [N, 3, h, w] -> [N, P, hidden_size]: what depends on an image's content alone (so it can be cached)."""
-        return self.projector(self.vision(images[:, None]))
+    # ---------------------------------------------------------------------------------------------------------- prompt
 
     def place_images(self, features: Tensor, first: int = 0) -> Tensor:
-        """Features [N, P, hidden_size] of a sequence's images number first, first + 1, ... with their place marked."""
-        return features + self.image_positions[first : first + len(features)]
+        """Features [N, P, hidden_size] of a sequence's images number first, first + 1, ..., marked if the config says so."""
+        return features + self.image_positions[first : first + len(features)] if self.config.image_positions else features
 
     def expand_prompt(self, ids: Sequence[int], num_images: int) -> list[int]:
         """A prompt's ids with `IMAGE` at each of its num_images * P image positions.
@@ -69,7 +115,9 @@ class VLM(nn.Module):
         Raises ValueError for another count, or more images than the model has places for.
         """
         per_image, marker = self.tokens_per_image, self.config.image_token_id
-        if num_images > self.config.num_cameras:
+        if num_images and self.config.vision is None:
+            raise ValueError(f"{num_images} images; the model has no image tower (VLMConfig.vision). Ask with text alone.")
+        if self.config.image_positions and num_images > self.config.num_cameras:
             places = self.config.num_cameras
             raise ValueError(f"{num_images} images; the model has places for {places} (VLMConfig.num_cameras).")
         marked = sum(token == marker for token in ids)
@@ -96,19 +144,39 @@ class VLM(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocab_size, hidden_size]; logits are scale_for_head(hidden) @ head_weight.T."""
-        return self.text_embedding.weight if self.head is None else self.head.weight
+        """[vocab_size + num_new_tokens, hidden_size]; logits are scale_for_head(hidden) @ head_weight.T.
+
+        A grown vocabulary's rows are joined anew by every call; `logits` has no need of that.
+        """
+        table = self.text_embedding.weight if self.head is None else self.head.weight
+        return torch.cat([table, self._new_head_weight]) if self.config.num_new_tokens else table
+
+    @property
+    def _new_head_weight(self) -> Tensor:
+        return self.new_embedding.weight if self.new_head is None else self.new_head.weight
 
     def scale_for_head(self, hidden: Tensor) -> Tensor:
         """What meets `head_weight`, in the fused losses too: logit_scale * hidden."""
         return hidden if self.config.logit_scale == 1.0 else hidden * self.config.logit_scale
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states [..., hidden_size] of the decoder -> logits [..., vocab_size] of the next token."""
-        return nn.functional.linear(self.scale_for_head(hidden), self.head_weight)
+        """Hidden states [..., hidden_size] of the decoder -> logits [..., vocab_size + num_new_tokens] of the next token."""
+        scaled = self.scale_for_head(hidden)
+        if self.config.num_new_tokens == 0:
+            return nn.functional.linear(scaled, self.head_weight)
+        table = self.text_embedding.weight if self.head is None else self.head.weight
+        return torch.cat([nn.functional.linear(scaled, table), nn.functional.linear(scaled, self._new_head_weight)], dim=-1)
 
     def sequence_mask(self, ids: Sequence[int], start: int = 0) -> Tensor:
-        """Who sees whom in expanded ids: the positions from `start` on, among all of them. bool [T - start, T]"""
+        """Who sees whom in expanded ids: the positions from `start` on, among all of them. bool [T - start, T]
+
+        Raises ValueError for a model whose masks or positions ids alone do not tell.
+        """
+        if self.config.bidirectional_prompt or self.config.decoder.positions == "mrotary":
+            raise ValueError(
+                "This model's prompt sees itself whole, or its images stand on a grid (VLMConfig.bidirectional_prompt, "
+                "DecoderConfig.positions mrotary); read it with multimodal.sequences.read and go_on."
+            )
         is_image = torch.tensor(ids, device=self.text_embedding.weight.device) == IMAGE
         mask = causal_mask(len(ids) - start, len(ids), is_image.device)
         if not self.config.bidirectional_images:

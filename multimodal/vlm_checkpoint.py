@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
-from multimodal.config import DecoderConfig, VisionConfig, VLMConfig
+from multimodal.config import VLMConfig
 from multimodal.images import ImageConfig
 from multimodal.tokenizer import TextTokenizer
 from multimodal.vlm import VLM
@@ -55,7 +55,7 @@ class VLMAssets:
         images = {name: tuple(value) if isinstance(value, list) else value for name, value in config["images"].items()}
         schema = json.loads(checkpoint.text("schema.json"))
         assets = cls(
-            config=vlm_config_from_dict(config["vlm"]),
+            config=VLMConfig.from_dict(config["vlm"]),
             tokenizer=TextTokenizer.from_json(checkpoint.text("tokenizer.json")),
             images=ImageConfig(**images),
             cameras=tuple(schema["cameras"]),
@@ -77,26 +77,19 @@ class LoadedVLM:
 def load_vlm(path: str | Path, *, device: str = "cpu") -> LoadedVLM:
     """The model of a checkpoint folder. Raises FileNotFoundError without a checkpoint, ValueError for one that does not fit."""
     assets, weights = VLMAssets.load(path)
-    unfetched = replace(assets.config, vision=replace(assets.config.vision, pretrained=None))  # the weights are here
-    model = VLM(unfetched)
+    vision = assets.config.vision and replace(assets.config.vision, pretrained=None)  # the weights are here
+    model = VLM(replace(assets.config, vision=vision))
     load_weights(model, weights, path)
     return LoadedVLM(model.to(device).eval(), assets, checkpoint_hash(path))
 
 
 def vlm_config_to_dict(config: VLMConfig) -> dict[str, Any]:
-    """Plain dicts, lists and numbers, as YAML writes them."""
-    values = asdict(config)
-    values["decoder"]["rotary_sections"] = list(config.decoder.rotary_sections)
-    values["vision"]["options"] = {name: _plain(value) for name, value in config.vision.options.items()}
-    return values
-
-
-def vlm_config_from_dict(values: Mapping[str, Any]) -> VLMConfig:
-    """Inverse of `vlm_config_to_dict`. Raises TypeError on a missing or unknown field."""
-    rest = {name: value for name, value in values.items() if name not in ("vision", "decoder")}
-    decoder = {**values["decoder"], "rotary_sections": tuple(values["decoder"]["rotary_sections"])}
-    return VLMConfig(vision=VisionConfig(**values["vision"]), decoder=DecoderConfig(**decoder), **rest)
+    """Plain dicts, lists and numbers, as YAML writes them; `VLMConfig.from_dict` is the inverse."""
+    return {name: _plain(value) for name, value in asdict(config).items()}
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    """Tuples as lists, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -8,8 +8,13 @@ import torch
 from multimodal.attention import causal_mask, prefix_mask
 from multimodal.config import get_preset
 from multimodal.decoder import arange_positions
+from multimodal.pretrained.load import load_published
 from multimodal.sampling import SamplingConfig, choose
+from multimodal.sequences import read
 from multimodal.vlm import IMAGE, VLM, generate, image_runs
+from multimodal.vocabulary import grow_vocabulary
+from tests.published import IMAGE as PUBLISHED_IMAGE
+from tests.published import save_model
 from tests.tiny_vlm import target
 
 
@@ -86,3 +91,39 @@ def test_generation_ends_at_a_stop_id_which_it_includes():
     assert len(answer) == 8
     third = answer[2]
     assert generate(model, [9, 10], max_tokens=8, stop_ids={third}) == answer[: answer.index(third) + 1]
+
+
+@torch.no_grad()
+def test_a_published_model_is_read_by_the_prompt_as_by_the_batch(tmp_path):
+    save_model("llava", tmp_path)
+    vlm = load_published(tmp_path, dtype=torch.float64).vlm
+    features = vlm.image_features(torch.randn(2, 3, 28, 28, dtype=torch.float64))
+    marked = [5, *[PUBLISHED_IMAGE] * 4, 6, *[PUBLISHED_IMAGE] * 4, 7, 8]
+    once = vlm.expand_prompt([5, PUBLISHED_IMAGE, 6, PUBLISHED_IMAGE, 7, 8], 2)  # it has no places to run out of
+    hidden = vlm.hidden(vlm.embed_prompt(once, features)[None], [once])
+    ids = torch.tensor([marked])
+    torch.testing.assert_close(hidden, read(vlm, ids, torch.ones_like(ids, dtype=torch.bool), list(features)).hidden)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "paligemma"])
+def test_a_model_whose_masks_the_ids_do_not_tell_is_refused(name, tmp_path):
+    save_model(name, tmp_path)
+    with pytest.raises(ValueError, match="sequences.read"):
+        generate(load_published(tmp_path).vlm, [5, 6])
+
+
+def test_a_model_without_a_tower_talks_but_takes_no_images():
+    model = build(vision=None)
+    assert model.expand_prompt([3, 4], 0) == [3, 4] and len(generate(model, [3, 4], max_tokens=3)) == 3
+    with pytest.raises(ValueError, match="no image tower"):
+        model.expand_prompt([3, 4], 1)
+
+
+@pytest.mark.parametrize("tie_embeddings", [True, False])
+def test_grown_rows_are_rows_of_the_head(tie_embeddings):
+    model = grow_vocabulary(build(tie_embeddings=tie_embeddings), 3)
+    hidden = torch.randn(2, 32, dtype=torch.float64)
+    assert model.head_weight.shape == (23, 32)
+    torch.testing.assert_close(model.logits(hidden), hidden @ model.head_weight.T)
+    grown = model.embed_prompt([3, 22], None)[1]
+    assert torch.equal(grown, model.new_embedding.weight[2])

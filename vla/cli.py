@@ -52,6 +52,16 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "correct a policy where it errs: roll out, label, train on",
             "vla dagger --policy=RUN/checkpoints/last/policy --dataset='[DATA]' --suite=robosuite_lift --rounds=3",
         ),
+        "merge": Verb(
+            "vla.merge:main",
+            "adapters and their published base -> one policy folder",
+            "vla merge --policy.path=RUN/checkpoints/last/policy --output_dir=MERGED",
+        ),
+        "push": Verb(
+            "vla.push:main",
+            "policy and its model card -> Hugging Face Hub",
+            "vla push --policy.path=RUN/checkpoints/last/policy --repo_id=me/policy --results=[EVAL/eval_info.json] --dry_run",
+        ),
         "corpus": Verb(
             "sim.corpus:main",
             "simulator scenes with texts that are true of them -> parquet",

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import KVCache, causal_mask, key_padding_mask
-from multimodal.config import DecoderConfig, VisionConfig, VLMConfig, check_choice
+from multimodal.config import VLMConfig, check_choice
 from multimodal.decoder import arange_positions, initialise
+from multimodal.prompt import PromptConfig
+from multimodal.sequences import segment_positions
 from multimodal.vlm import VLM
 from vla.step_slots import StepSlots
 
@@ -31,6 +33,7 @@ class VLAConfig:
     action_dim: int = 7
     num_action_ids: int = 257
     slots: str = "tokens"  # tokens: H x D slots of one token each; steps: H slots of one action vector each
+    prompt: PromptConfig = field(default_factory=PromptConfig)  # what a published backbone reads around images and instruction
 
     def __post_init__(self) -> None:
         check_choice("VLAConfig", "slots", self.slots, SLOTS)
@@ -46,18 +49,21 @@ class VLAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists and numbers, as YAML writes them."""
-        values = asdict(self)
-        values["vlm"]["decoder"]["rotary_sections"] = list(self.vlm.decoder.rotary_sections)
-        return values
+        return _plain(asdict(self))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VLAConfig":
         """Inverse of `to_dict`. Raises TypeError on a missing or unknown field."""
-        vlm = dict(values["vlm"])
-        decoder = dict(vlm.pop("decoder"))
-        decoder["rotary_sections"] = tuple(decoder["rotary_sections"])
-        built = VLMConfig(vision=VisionConfig(**vlm.pop("vision")), decoder=DecoderConfig(**decoder), **vlm)
-        return cls(vlm=built, **{key: value for key, value in values.items() if key != "vlm"})
+        rest = {key: value for key, value in values.items() if key not in ("vlm", "prompt")}
+        prompt = PromptConfig.from_dict(values.get("prompt", {}))
+        return cls(vlm=VLMConfig.from_dict(values["vlm"]), prompt=prompt, **rest)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 @dataclass(frozen=True)
@@ -88,10 +94,13 @@ class Prefix:
 class VLA(nn.Module):
     """Action slots after an encoded prefix, same-position prediction (no shift): tokens step by step, or whole steps."""
 
-    def __init__(self, config: VLAConfig) -> None:
+    def __init__(self, config: VLAConfig, vlm: VLM | None = None) -> None:
+        """vlm: a backbone that was read already, of config.vlm (vla/backbone.py)."""
         super().__init__()
         self.config = config
-        self.vlm = VLM(config.vlm)
+        self.vlm = VLM(config.vlm) if vlm is None else vlm
+        if config.vlm.decoder.positions == "mrotary":
+            self.register_buffer("grid_positions", self._grid_positions(), persistent=False)
         width = config.vlm.decoder.hidden_size
         self.state_projector = nn.Linear(config.state_dim, width)
         initialise(self.state_projector)
@@ -108,7 +117,22 @@ class VLA(nn.Module):
     @property
     def prefix_length(self) -> int:
         """Positions of images, state and padded text, P: where the action slots' positions begin."""
-        return self.vlm.num_image_tokens + 1 + self.config.text_length
+        prompt, cameras = self.config.prompt, self.config.vlm.num_cameras
+        around = len(prompt.before_ids) + cameras * (len(prompt.image_before_ids) + len(prompt.image_after_ids))
+        return around + self.vlm.num_image_tokens + 1 + self.config.text_length
+
+    def positions(self, batch: int, start: int, length: int, device: torch.device) -> Tensor:
+        """Positions start .. start + length - 1 of prefix and slots: int64 [batch, length]; M-RoPE: [3, batch, length]."""
+        if self.config.vlm.decoder.positions != "mrotary":
+            return arange_positions(batch, start, length, device)
+        return self.grid_positions[:, None, start : start + length].expand(-1, batch, -1)
+
+    def _grid_positions(self) -> Tensor:
+        """M-RoPE positions of the whole prefix and all slots: int64 [3, P + L]."""
+        prompt, size = self.config.prompt, self.config.vlm.vision.image_size
+        image = (len(prompt.image_before_ids), self.vlm.image_grid(size, size), len(prompt.image_after_ids))
+        rest = 1 + self.config.text_length + self.config.num_slots
+        return segment_positions([len(prompt.before_ids), *image * self.config.vlm.num_cameras, rest])
 
     # ---------------------------------------------------------------------------------------------------------- prefix
 
@@ -123,9 +147,23 @@ class VLA(nn.Module):
         self, image_tokens: Tensor, state: Tensor, text_ids: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
         """`embed_prefix` once the images are embedded: image_tokens [B, C * P, width]."""
-        parts = (image_tokens, self.state_projector(state)[:, None], self.vlm.embed_text(text_ids))
+        parts = (self._frame_images(image_tokens), self.state_projector(state)[:, None], self.vlm.embed_text(text_ids))
         seen = torch.ones(state.shape[0], parts[0].shape[1] + 1, dtype=torch.bool, device=state.device)
         return torch.cat([part.to(parts[1].dtype) for part in parts], dim=1), torch.cat([seen, text_mask], dim=1)
+
+    def _frame_images(self, tokens: Tensor) -> Tensor:
+        """The prompt's beginning, and each camera's tokens between what the prompt puts around an image: [B, P', width]."""
+        prompt = self.config.prompt
+        if prompt.image_before_ids or prompt.image_after_ids:
+            cameras = tokens.unflatten(1, (self.config.vlm.num_cameras, -1))
+            before, after = (self._embed_ids(ids, cameras) for ids in (prompt.image_before_ids, prompt.image_after_ids))
+            tokens = torch.cat([before, cameras, after], dim=2).flatten(1, 2)
+        return torch.cat([self._embed_ids(prompt.before_ids, tokens), tokens], dim=1) if prompt.before_ids else tokens
+
+    def _embed_ids(self, ids: tuple[int, ...], like: Tensor) -> Tensor:
+        """The same ids for every row of `like` [..., T, width]: [..., len(ids), width], in its dtype."""
+        embedded = self.vlm.embed_text(torch.tensor([ids], dtype=torch.long, device=like.device))[0]
+        return embedded.to(like.dtype).expand(*like.shape[:-2], -1, -1)
 
     def prefill(self, embeddings: Tensor, is_real: Tensor) -> Prefix:
         """Run the prefix once; every position sees all real ones.
@@ -136,9 +174,18 @@ class VLA(nn.Module):
         embeddings, is_real = embeddings[:, :length], is_real[:, :length]
         cache = self.vlm.decoder.new_cache()
         prefix = Prefix(cache, is_real, has_padding=not bool(is_real.all()))
-        positions = arange_positions(embeddings.shape[0], 0, length, embeddings.device)
-        self.vlm.decoder.fill(embeddings, prefix.mask(0), positions, cache)
+        positions = self.positions(embeddings.shape[0], 0, length, embeddings.device)
+        self.vlm.decoder.fill(self._entering(embeddings), prefix.mask(0), positions, cache)
         return prefix
+
+    def _entering(self, x: Tensor) -> Tensor:
+        """A backbone in half precision beside new parts in float32: what enters it takes its dtype."""
+        dtype = self.vlm.decoder.norm.weight.dtype
+        return x.to(dtype) if dtype.itemsize < 4 else x
+
+    def _decode(self, x: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The decoder on embeddings [B, T, width]; what leaves it has their dtype again."""
+        return self.vlm.decoder(self._entering(x), mask, positions, cache).to(x.dtype)
 
     # --------------------------------------------------------------------------------------------------------- actions
 
@@ -159,8 +206,8 @@ class VLA(nn.Module):
 
     def slots_hidden(self, slots: Tensor, prefix: Prefix) -> Tensor:
         """Embedded slots [B, L, width] see the prefix and each other: hidden states [B, L, width]."""
-        positions = arange_positions(slots.shape[0], self.prefix_length, slots.shape[1], slots.device)
-        return self.vlm.decoder(slots, prefix.mask(slots.shape[1]), positions, prefix.cache.view())
+        positions = self.positions(slots.shape[0], self.prefix_length, slots.shape[1], slots.device)
+        return self._decode(slots, prefix.mask(slots.shape[1]), positions, prefix.cache.view())
 
     def action_hidden_uncached(self, tokens: Tensor, embeddings: Tensor, is_real: Tensor) -> Tensor:
         """The definition of `action_hidden`: prefix and slots in one pass, the prefix blind to the slots."""
@@ -170,8 +217,8 @@ class VLA(nn.Module):
         real = torch.cat([is_real, torch.ones_like(tokens, dtype=torch.bool)], dim=1)
         mask = key_padding_mask(real).repeat(1, 1, length + num_slots, 1)
         mask[:, :, :length, length:] = False
-        positions = arange_positions(batch, 0, length + num_slots, tokens.device)
-        hidden = self.vlm.decoder(torch.cat([embeddings.to(slots.dtype), slots], dim=1), mask, positions)
+        positions = self.positions(batch, 0, length + num_slots, tokens.device)
+        hidden = self._decode(torch.cat([embeddings.to(slots.dtype), slots], dim=1), mask, positions)
         return hidden[:, length:]
 
     def causal_hidden(self, previous: Tensor, prefix: Prefix, cache: KVCache, first_slot: int = 0) -> Tensor:
@@ -184,8 +231,8 @@ class VLA(nn.Module):
         past = causal_mask(count, first_slot + count, previous.device)
         seen = key_padding_mask(prefix.is_real).expand(-1, -1, count, -1)
         mask = torch.cat([seen, past.expand(batch, 1, -1, -1)], dim=3)
-        positions = arange_positions(batch, self.prefix_length + first_slot, count, previous.device)
-        return self.vlm.decoder(self.embed_slots(previous, first_slot), mask, positions, cache)
+        positions = self.positions(batch, self.prefix_length + first_slot, count, previous.device)
+        return self._decode(self.embed_slots(previous, first_slot), mask, positions, cache)
 
     def action_logits(self, hidden: Tensor, allowed: Tensor) -> Tensor:
         """hidden [..., width] -> float32 logits [..., V], -inf where `allowed` (bool, broadcastable) is False."""

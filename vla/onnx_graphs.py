@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import KVCache, key_padding_mask
-from multimodal.decoder import arange_positions
 from multimodal.onnx_writer import OnnxGraph
 from vla.model import VLA, Prefix
 
@@ -45,7 +44,7 @@ class Vision(nn.Module):
         self.vlm = model.vlm
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vlm.embed_images(images.to(self.vlm.projector.weight.dtype))
+        return self.vlm.embed_images(images.to(next(self.vlm.projector.parameters()).dtype))
 
 
 class Prefill(nn.Module):
@@ -60,7 +59,7 @@ class Prefill(nn.Module):
         embeddings, is_real = self.model.join_prefix(image_tokens, state, text_ids, text_mask)
         decoder = self.model.vlm.decoder
         cache = decoder.new_cache()
-        positions = arange_positions(embeddings.shape[0], 0, embeddings.shape[1], embeddings.device)
+        positions = self.model.positions(embeddings.shape[0], 0, embeddings.shape[1], embeddings.device)
         decoder.fill(embeddings, key_padding_mask(is_real), positions, cache)
         return is_real, *cache.keys, *cache.values
 
@@ -97,7 +96,11 @@ class CausalStep(nn.Module):
         is_filled = (torch.arange(model.config.num_slots, device=slot.device) < slot).expand(previous.shape[0], -1)
         seen = torch.cat([is_real, is_filled, torch.ones_like(previous, dtype=torch.bool)], dim=1)
         place = model.step_embedding(slot // model.config.action_dim) + model.dim_embedding(slot % model.config.action_dim)
-        positions = (model.prefix_length + slot).expand(previous.shape[0], 1)
+        position = model.prefix_length + slot
+        if model.config.vlm.decoder.positions == "mrotary":
+            positions = model.grid_positions[:, position][:, None].expand(-1, previous.shape[0], -1)
+        else:
+            positions = position.expand(previous.shape[0], 1)
         hidden = model.vlm.decoder(model.action_embedding(previous) + place, key_padding_mask(seen), positions, cache)
         new = [tensor[:, :, -1:] for tensor in (*cache.keys, *cache.values)]
         return model.action_head(hidden).float(), *new
@@ -122,7 +125,7 @@ def vision_graph(model: VLA) -> OnnxGraph:
 
 def prefill_graph(model: VLA) -> OnnxGraph:
     text = torch.zeros(2, 3, dtype=torch.long)
-    width, dtype = model.config.vlm.decoder.hidden_size, model.vlm.projector.weight.dtype
+    width, dtype = model.config.vlm.decoder.hidden_size, next(model.vlm.projector.parameters()).dtype
     inputs = {
         "image_tokens": torch.zeros(2, model.vlm.num_image_tokens, width, dtype=dtype),
         "state": torch.zeros(2, model.config.state_dim),
@@ -176,7 +179,7 @@ def as_cache(tensors: tuple[Tensor, ...]) -> KVCache:
 
 def _cache_entry(model: VLA, length: int) -> Tensor:
     decoder = model.config.vlm.decoder
-    return torch.zeros(2, decoder.kv_heads, length, decoder.head_dim, dtype=model.vlm.projector.weight.dtype)
+    return torch.zeros(2, decoder.kv_heads, length, decoder.head_dim, dtype=next(model.vlm.projector.parameters()).dtype)
 
 
 def _prefix_inputs(model: VLA) -> tuple[dict[str, Tensor], dict[str, dict[int, str]]]:

@@ -15,9 +15,12 @@ from torch import Tensor
 
 from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
 from multimodal.images import ImageConfig, prepare_images
+from multimodal.pretrained.source import local_folder
+from multimodal.pretrained.text import PublishedTokenizer
 from multimodal.tokenizer import TextTokenizer
 from vla.action_head import HeadConfig
 from vla.action_tokenizer import ActionTokenizer
+from vla.backbone import Base, rebuild
 from vla.decision import Decision, KnownActions, action_chunks, known_actions
 from vla.heads import build_head
 from vla.interface import ActionChunk, Observation, RobotSpec
@@ -43,10 +46,15 @@ class PolicyAssets:
     head: HeadConfig = field(default_factory=HeadConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     provenance: dict[str, Any] = field(default_factory=dict)  # data sets, seed, steps
+    base: Base | None = None  # the published weights that the folder's own are to be laid over; None: the folder holds all
 
     @property
     def transforms(self) -> Transforms:
         return Transforms(self.spec, self.statistics)
+
+    def encode_instructions(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Ids int64 [B, text_length] and mask bool [B, text_length]. Raises ValueError for a text that is too long."""
+        return self.text_tokenizer.encode_batch(texts, self.model.text_length)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Write the checkpoint folder, atomically."""
@@ -55,6 +63,7 @@ class PolicyAssets:
             "model": self.model.to_dict(),
             "head": asdict(self.head),
             "decode": asdict(self.decode),
+            **({} if self.base is None else {"base": asdict(self.base)}),
             "images": {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self.images).items()},
         }
         blobs = {
@@ -78,16 +87,21 @@ class PolicyAssets:
                 "Train the policy again, or use the version in its versions.json."
             )
         images = {key: tuple(value) if isinstance(value, list) else value for key, value in config["images"].items()}
+        model = VLAConfig.from_dict(config["model"])
+        tokenizer = checkpoint.text("tokenizer.json")
         assets = cls(
-            model=VLAConfig.from_dict(config["model"]),
+            model=model,
             spec=RobotSpec.from_dict(json.loads(checkpoint.text("schema.json"))),
             statistics=Statistics.from_json(checkpoint.text("statistics.json")),
             action_tokenizer=ActionTokenizer.from_dict(json.loads(checkpoint.text("action_tokenizer.json"))),
-            text_tokenizer=TextTokenizer.from_json(checkpoint.text("tokenizer.json")),
+            text_tokenizer=(
+                PublishedTokenizer.from_json(tokenizer, model.prompt) if model.prompt.pad_token else TextTokenizer.from_json(tokenizer)
+            ),
             images=ImageConfig(**images),
             head=HeadConfig(**config["head"]),
             decode=DecodeConfig(**config["decode"]),
             provenance=json.loads(checkpoint.text("provenance.json")),
+            base=Base(**config["base"]) if "base" in config else None,
         )
         return assets, checkpoint.state
 
@@ -127,23 +141,34 @@ class TorchPolicy:
         images = torch.as_tensor(np.stack([item.images for item in inputs])).to(self.device)
         state = torch.as_tensor(np.stack([item.state for item in inputs])).to(self.device)
         texts = [item.instruction for item in inputs]
-        ids, mask = self.assets.text_tokenizer.encode_batch(texts, self.assets.model.text_length)
+        ids, mask = self.assets.encode_instructions(texts)
         return self.model.embed_prefix(
             prepare_images(images, self.assets.images), state, ids.to(self.device), mask.to(self.device)
         )
 
 
 def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any] | None = None) -> TorchPolicy:
-    """The policy of a checkpoint folder; `decode` overrides fields of its DecodeConfig (rounds, threshold, remask ...).
+    """The policy of a checkpoint folder, or Hub repository "owner/name"; `decode` overrides fields of its DecodeConfig.
 
-    Raises FileNotFoundError for a folder without a checkpoint, ValueError for one that does not fit.
+    Raises FileNotFoundError for a folder without a checkpoint, ValueError for one that does not fit, OSError for a repository
+    that cannot be reached.
     """
-    assets, weights = PolicyAssets.load(Path(path))
+    path = local_folder(path)
+    assets, weights = PolicyAssets.load(path)
     if decode:
         assets = replace(assets, decode=replace(assets.decode, **decode))
-    model = VLA(replace_pretrained(assets.model))
-    load_weights(model, weights, path)
+    model = load_model(assets, weights, path)
     return TorchPolicy(assets, model.to(device), content_hash=checkpoint_hash(path))
+
+
+def load_model(assets: PolicyAssets, weights: dict[str, Tensor], source: str | Path) -> VLA:
+    """The model of a policy folder, on a published backbone or on a preset. Raises ValueError if the weights do not fit it."""
+    config = replace_pretrained(assets.model)
+    if config.prompt.pad_token:
+        return rebuild(config, assets.base, weights, source)
+    model = VLA(config)
+    load_weights(model, weights, source)
+    return model
 
 
 def replace_pretrained(config: VLAConfig) -> VLAConfig:

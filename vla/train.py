@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from multimodal.checkpoint import load_weights
 from multimodal.config import get_preset
 from multimodal.decoder import count_parameters
 from multimodal.images import ImageConfig, prepare_images
@@ -20,6 +19,7 @@ from multimodal.training import LossTerms, TrainingConfig, train
 from multimodal.training_state import last_checkpoint, read_position
 from vla.action_head import ActionBatch, HeadConfig
 from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
+from vla.backbone import BackboneConfig
 from vla.cli import parse_config
 from vla.data import ActionWindows, Batch, WindowMixture
 from vla.frame_cache import FrameCache
@@ -28,7 +28,8 @@ from vla.home import remask_home
 from vla.interface import Observation, RobotSpec
 from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
-from vla.policy import PolicyAssets, TorchPolicy, load_policy, replace_pretrained
+from vla.policy import PolicyAssets, TorchPolicy, load_model, load_policy
+from vla.start import Start, begin_on_published
 from vla.transforms import clean_instruction
 from vla.unmasking import DecodeConfig
 
@@ -55,11 +56,19 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """What the policy is built on."""
+
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)  # a published checkpoint instead of model.preset
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Settings of `vla train`."""
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     head: HeadConfig = field(default_factory=HeadConfig)
     objective: dict[str, Any] = field(default_factory=lambda: {"type": "cross_entropy"})  # see multimodal/losses.py
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # how the trained policy decodes by default
@@ -81,8 +90,8 @@ def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
         "objective": config.objective,
         "training": asdict(config.training),
     }
-    instructions = [text for source in mixture.sources for text in source.cache.instructions]
-    return assemble_assets(config, mixture.sources[0].cache.spec, mixture.statistics(), instructions, provenance)
+    spec = mixture.sources[0].cache.spec
+    return assemble_assets(config, spec, mixture.statistics(), instructions_of(mixture), provenance)
 
 
 def assemble_assets(
@@ -116,25 +125,62 @@ def assemble_assets(
     )
 
 
-def begin_from(config: TrainConfig, fresh: PolicyAssets) -> tuple[PolicyAssets, dict[str, Tensor]]:
-    """The assets and weights of the policy in `start_from`, trained on with this run's head, decoding and crops.
+def instructions_of(mixture: WindowMixture) -> list[str]:
+    """Every instruction of the data, cleaned, once."""
+    return sorted({clean_instruction(text) for source in mixture.sources for text in source.cache.instructions})
 
-    fresh: what the data alone would give. Raises ValueError if the policy's robot, instructions or slots are not the data's.
+
+def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
+    """The policy of the settings before its first step: from scratch, on a published backbone, or as `start_from` left it.
+
+    Raises ValueError if both a backbone and `start_from` are given, and what the two ways raise.
     """
-    found, weights = PolicyAssets.load(Path(config.start_from).expanduser())
+    if config.start_from is not None and config.policy.backbone.path is not None:
+        raise ValueError("Both --start_from and --policy.backbone.path are given; a run begins with one. Drop the other.")
+    fresh = build_assets(config, mixture)
+    torch.manual_seed(config.training.seed)
+    if config.start_from is not None:
+        return begin_from(config, fresh, instructions_of(mixture))
+    if config.policy.backbone.path is not None:
+        return begin_on_published(config.policy.backbone, fresh, instructions_of(mixture), config.model.text_slack)
+    return Start(fresh, VLA(fresh.model), fresh.save)
+
+
+def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[str]) -> Start:
+    """The policy in `start_from`, trained on whole with this run's head, decoding and crops; adapters are merged first.
+
+    fresh: what the data alone would give; instructions: the data's. Raises ValueError if the policy's robot, instructions or
+    slots are not the data's.
+    """
+    folder = Path(config.start_from).expanduser()
+    found, weights = PolicyAssets.load(folder)
+    is_published = bool(found.model.prompt.pad_token)
+    # A published tower has its own size and range of values, whatever the crops.
+    tower = {"size": found.images.size, "mean": found.images.mean, "std": found.images.std} if is_published else {}
+    images = replace(config.images, **tower)
     if found.spec != fresh.spec:
         raise ValueError(f"--start_from drives {found.spec}; the data set shows {fresh.spec}. Collect data of that robot.")
-    if HEADS[found.head.type].slots != HEADS[config.head.type].slots or found.images.output_size != config.images.output_size:
+    if HEADS[found.head.type].slots != HEADS[config.head.type].slots or found.images.output_size != images.output_size:
         raise ValueError(
             f"--start_from has a {found.head.type} head on {found.images.output_size} pixels, this run asks for "
-            f"{config.head.type} on {config.images.output_size}; heads over tokens and over steps, and other sizes, have "
+            f"{config.head.type} on {images.output_size}; heads over tokens and over steps, and other sizes, have "
             "different weights."
         )
     unknown = [word for word in fresh.text_tokenizer.vocabulary if word not in found.text_tokenizer.vocabulary]
-    if unknown or fresh.model.text_length - config.model.text_slack > found.model.text_length:
+    if unknown and not is_published:  # a published tokenizer spells any word
         raise ValueError(f"--start_from has never read the words {unknown[:8]} of these instructions; train from scratch.")
-    kept = replace(found, head=config.head, decode=config.decode, images=config.images, provenance=fresh.provenance)
-    return replace(kept, provenance=fresh.provenance | {"start_from": str(config.start_from)}), weights
+    longest = max(len(found.text_tokenizer.encode(text)) for text in instructions)
+    if longest > found.model.text_length:
+        raise ValueError(
+            f"An instruction of the data has {longest} ids, --start_from has room for {found.model.text_length}; shorten it, "
+            "or train from scratch."
+        )
+    provenance = fresh.provenance | {"start_from": str(config.start_from)}
+    if "backbone" in found.provenance:
+        provenance["backbone"] = found.provenance["backbone"]  # its licence binds what is trained on, too
+    model = load_model(found, weights, folder).float()
+    assets = replace(found, head=config.head, decode=config.decode, images=images, provenance=provenance, base=None)
+    return Start(assets, model, assets.save)
 
 
 @dataclass(frozen=True)
@@ -171,7 +217,7 @@ def policy_batch(
 ) -> PolicyBatch:
     """A batch on the device. images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by
     `Transforms`); actions [B, H, D] in robot units; is_pad [B, H]."""
-    ids, mask = assets.text_tokenizer.encode_batch(instructions, assets.model.text_length)
+    ids, mask = assets.encode_instructions(instructions)
     tokens = torch.as_tensor(assets.action_tokenizer.encode(actions))
     values = torch.as_tensor(assets.action_tokenizer.coordinates(actions))
     unit = torch.as_tensor(assets.action_tokenizer.to_unit(actions))
@@ -249,18 +295,13 @@ def open_windows(config: TrainConfig, *, held_out: bool) -> list[ActionWindows]:
 def train_policy(config: TrainConfig) -> Path:
     """Train as configured; returns the last checkpoint's policy folder. Raises what `multimodal.training.train` raises."""
     mixture = WindowMixture(open_windows(config, held_out=False), config.dataset.weights)
-    assets = build_assets(config, mixture)
-    torch.manual_seed(config.training.seed)
-    if config.start_from is None:
-        model = VLA(assets.model)
-    else:
-        assets, weights = begin_from(config, assets)
-        model = VLA(replace_pretrained(assets.model))
-        load_weights(model, weights, config.start_from)
+    start = begin(config, mixture)
+    assets, model = start.assets, start.model
     device = torch.device("cuda" if config.training.device == "auto" and torch.cuda.is_available() else "cpu")
     tower = count_parameters(model.vlm.vision)
+    basis = config.policy.backbone.path or f"preset {config.model.preset}"
     print(
-        f"{assets.head.type} policy, preset {config.model.preset}: {count_parameters(model) / 1e6:.2f} M parameters "
+        f"{assets.head.type} policy, {basis}: {count_parameters(model) / 1e6:.2f} M parameters "
         f"(image tower {tower / 1e6:.2f} M), {len(mixture)} frames of {assets.provenance['episodes']} episodes"
     )
     few = assets.provenance["episodes"] * config.dataset.held_out_fraction < 1
@@ -279,7 +320,7 @@ def train_policy(config: TrainConfig) -> Path:
 
     last = train(
         model, PolicyLoss(assets, build_objective(config.objective)), batch, config.training, output_folder(config),
-        save_model=assets.save, on_checkpoint=on_checkpoint, resume=config.resume,
+        save_model=start.save, on_checkpoint=on_checkpoint, resume=config.resume,
     )  # fmt: skip
     return last / "policy"
 

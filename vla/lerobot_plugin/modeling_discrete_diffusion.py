@@ -193,6 +193,8 @@ class DiscreteDiffusionPolicy(PreTrainedPolicy):
             options = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "revision": revision}
             folder = Path(snapshot_download(str(pretrained_name_or_path), force_download=force_download, **options))
         assets, weights = PolicyAssets.load(folder)
+        if assets.base is not None:
+            raise ValueError(f"{folder} lies over published weights, {assets.base.path}; give what `vla merge` makes of it.")
         policy = cls(config or PreTrainedConfig.from_pretrained(folder), assets=assets, **kwargs)
         load_weights(policy.model, weights, folder)
         return policy.to(policy.config.device).eval()
