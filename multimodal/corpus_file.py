@@ -25,7 +25,7 @@ ROWS_PER_FILE = 2000
 class Dialogue:
     """One text on one scene."""
 
-    kind: str  # "question", "answer", "description", "plan", "dialogue", "caption", "relations", "comparison", "state"
+    kind: str  # "question", "answer", "description", "plan", "dialogue", "location", ...: see sim/language/texts.py
     family: str  # what a question asks for: "count", "side", ...; the kind otherwise
     half: str  # "training" or "held_out" templates
     is_exact: bool  # the single answer is the only right one

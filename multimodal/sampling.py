@@ -148,7 +148,7 @@ def probabilities(
     return mass / mass.sum()
 
 
-@lru_cache(maxsize=64)  # a drafter and the verification ask for the same positions
+@lru_cache(maxsize=128)  # a drafter and the verification ask for the same positions
 def gumbel_noise(seed: int, position: int, size: int) -> np.ndarray:
     """Standard Gumbel noise float64 [size] of a position, read-only: a pure function of its arguments."""
     generator = np.random.Generator(np.random.Philox(key=[seed, _STREAM], counter=[0, 0, position, 0]))

@@ -63,7 +63,9 @@ def chat_router(services: Services) -> APIRouter:
         questions = await asyncio.to_thread(requests_of, asked, services.limits)
         answer = _Answer(asked, chat, services.limits)
         if not asked.stream:
-            return Response((await while_connected(request, answer.whole(questions))).model_dump_json(), media_type="application/json")
+            return Response(
+                (await while_connected(request, answer.whole(questions))).model_dump_json(), media_type="application/json"
+            )
         pieces = answer.pieces(questions)
         first = await while_connected(request, anext(pieces))  # what is wrong with the request is an error status, not an event
         return StreamingResponse(_events(first, pieces), media_type="text/event-stream", headers={"cache-control": "no-store"})
@@ -81,7 +83,9 @@ def parse(body: bytes, limits: Limits) -> api.ChatBody:
     if asked.tools or asked.functions:
         raise Refusal(Code.INVALID, "Tools are not supported; ask in words.", field="tools", name="unsupported")
     if asked.response_format and asked.response_format.get("type", "text") != "text":
-        raise Refusal(Code.INVALID, "Only response_format {type: text} is supported.", field="response_format", name="unsupported")
+        raise Refusal(
+            Code.INVALID, "Only response_format {type: text} is supported.", field="response_format", name="unsupported"
+        )
     if asked.top_logprobs is not None and not asked.logprobs:
         raise Refusal(Code.INVALID, "top_logprobs needs logprobs: true.", field="top_logprobs", name="invalid_request")
     return asked
@@ -118,9 +122,13 @@ def _conversation(asked: api.ChatBody, limits: Limits) -> tuple[tuple[tuple[str,
         urls += [part.image_url.url for part in parts if isinstance(part, api.ImagePart)]
     count = sum(len(text) for _, text in messages)
     if count > limits.prompt_chars:
-        raise Refusal(Code.TOO_LARGE, f"The messages have {count} characters; at most {limits.prompt_chars} are accepted.", field="messages")
+        raise Refusal(
+            Code.TOO_LARGE, f"The messages have {count} characters; {limits.prompt_chars} are the limit.", field="messages"
+        )
     if len(urls) > limits.images:
-        raise Refusal(Code.TOO_LARGE, f"The messages have {len(urls)} images; at most {limits.images} are accepted.", field="messages")
+        raise Refusal(
+            Code.TOO_LARGE, f"The messages have {len(urls)} images; at most {limits.images} are accepted.", field="messages"
+        )
     for _, text in messages:
         try:
             text.encode()
@@ -211,7 +219,9 @@ class _Answer:
                     async with asyncio.timeout(max(0.0, until - time.monotonic())):
                         index, event = await events.get()
                 except TimeoutError:
-                    raise Refusal(Code.DEADLINE, f"The answer took longer than {self.limits.chat_timeout_s:.0f} s; lower max_tokens.") from None
+                    raise Refusal(
+                        Code.DEADLINE, f"The answer took longer than {self.limits.chat_timeout_s:.0f} s; lower max_tokens."
+                    ) from None
                 if isinstance(event, Exception):
                     raise event
                 left -= isinstance(event, ChatEnd)
@@ -230,8 +240,12 @@ class _Answer:
             "system_fingerprint": self.checkpoint,
         }
 
-    def _chunk(self, index: int, delta: dict[str, Any], *, logprobs: Any = None, finish_reason: str | None = None) -> dict[str, Any]:
-        return self._head() | {"choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]}
+    def _chunk(
+        self, index: int, delta: dict[str, Any], *, logprobs: Any = None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return self._head() | {
+            "choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}]
+        }
 
 
 async def _events(first: dict[str, Any], pieces: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
@@ -257,7 +271,9 @@ def _logprobs(tokens: Any) -> api.Logprobs:
 
     return api.Logprobs(
         content=[
-            api.TokenLogprob(**entry(token.token, token.logprob), top_logprobs=[api.TopToken(**entry(*other)) for other in token.top])
+            api.TokenLogprob(
+                **entry(token.token, token.logprob), top_logprobs=[api.TopToken(**entry(*other)) for other in token.top]
+            )
             for token in tokens
         ]
     )

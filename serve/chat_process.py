@@ -178,7 +178,9 @@ def chat_event(row: dict[str, Any]) -> ChatPiece | ChatEnd:
     logprobs = None
     if "logprobs" in row:
         logprobs = tuple(
-            TokenProbability(token, logprob, tuple((other, value) for other, value in top)) for token, logprob, top in row["logprobs"]
+            TokenProbability(token, logprob, tuple((other, value) for other, value in top)) for token, logprob, top in row[
+                "logprobs"
+            ]
         )
     return ChatPiece(row["text"], row["tokens"], row["accepted"], logprobs)
 

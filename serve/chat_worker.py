@@ -156,7 +156,9 @@ def main() -> None:
             logger.error("%s", traceback.format_exc())
         link.send({"failed": f"The language model could not be loaded: {error}"})
         return
-    link.send({"checkpoint": engine.target.name or "unknown", "context": engine.limits.context, "max_images": engine.limits.max_images})
+    link.send({
+        "checkpoint": engine.target.name or "unknown", "context": engine.limits.context, "max_images": engine.limits.max_images
+    })
     ChatLoop(engine, link).run()
 
 

@@ -49,7 +49,9 @@ class RemotePolicy:
     ) -> None:
         parts = urlsplit(url)
         if parts.scheme not in SCHEMES or not parts.hostname:
-            raise ValueError(f"{url!r} is no address of a policy server; write one of {', '.join(s + '://HOST:PORT' for s in SCHEMES)}.")
+            raise ValueError(
+                f"{url!r} is no address of a policy server; write one of {', '.join(s + '://HOST:PORT' for s in SCHEMES)}."
+            )
         self.url, self.timeout_s, self.same_checkpoint = url, timeout_s, same_checkpoint
         key = os.environ.get(KEY_VARIABLE) if key is None else key
         self._wire: Wire = connect(url, key or None, TlsFiles(ca, certificate, certificate_key))

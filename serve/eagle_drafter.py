@@ -1,5 +1,4 @@
-"""The draft model as a drafter: lazily caught up with what the target did, then grown level by level, many requests in one
-pass.
+"""The draft model as a drafter: lazily caught up with the target, then grown level by level, many requests in one pass.
 
 What a request's target passes gave is only stored; the draft reads it when it is asked to propose. So a request that does not
 speculate costs nothing, and drafting can stop and start again at any round.
@@ -28,6 +27,9 @@ from serve.image_cache import ImageCache
 from serve.tree import DraftTree, TreeBuilder
 
 
+_CATCH_UP = 16  # tokens that requests read together; who has missed more reads the rest alone first
+
+
 @dataclass
 class _State:
     """Of one request: how many of its tokens the draft has read, and the features that it has not."""
@@ -38,11 +40,14 @@ class _State:
     features: list[Tensor] = field(default_factory=list)
 
     def take(self, first: int, stop: int) -> Tensor:
-        """Features of positions first .. stop - 1; those before are forgotten."""
-        known = torch.cat(self.features)
-        self.features, offset = [known[first - self.first :]], first - self.first
-        self.first = first
-        return known[offset : offset + stop - first]
+        """Features of positions first .. stop - 1."""
+        self.features = [torch.cat(self.features)]
+        return self.features[0][first - self.first : stop - self.first]
+
+    def forget(self, stop: int) -> None:
+        """Features of positions before `stop` are not needed any more."""
+        rest = self.features[0][stop - self.first :]
+        self.features, self.first = [rest] if len(rest) else [], stop
 
 
 class EagleDrafter:
@@ -60,7 +65,8 @@ class EagleDrafter:
         self.model, self.target, self.chunk, self.branch = model.eval(), target, chunk, branch
         weight = model.fuse.weight
         self.device = weight.device
-        self.cache = SlotCache(model.decoder.config, num_slots, capacity, weight.dtype, weight.device)
+        room = capacity + _CATCH_UP  # a short row of a pass is padded to the longest
+        self.cache = SlotCache(model.decoder.config, num_slots, room, weight.dtype, weight.device)
         self._head = model.head_weight(target).detach().clone() if not model.has_full_head else target.head_weight.detach()
         self._states: dict[int, _State] = {}
         self.branches: dict[str, int] = {}  # compressor branch -> images
@@ -143,7 +149,7 @@ class EagleDrafter:
             self.model.decoder(part[None], mask, entries.positions[None, start : start + count], rows)
             self.cache.commit(generation.slot, range(count))
         state.num_read = len(ids)
-        state.take(len(ids) - 1, len(ids))
+        state.forget(len(ids) - 1)
         self.prompt_seconds += time.perf_counter() - started
 
     def _compress(self, generation: Generation, question: Tensor) -> Compressed | None:
@@ -163,27 +169,37 @@ class EagleDrafter:
     def _catch_up(self, generations: Sequence[Generation]) -> Tensor:
         """Read the tokens since the last proposal, at least one each; the estimated feature [R, width] after the last."""
         states = [self._states[generation.id] for generation in generations]
+        for generation, state in zip(generations, states, strict=True):
+            while (missed := generation.num_tokens - state.num_read) > _CATCH_UP:
+                self._read_answer([generation], [min(missed - _CATCH_UP, self.chunk)])
         counts = [generation.num_tokens - state.num_read for generation, state in zip(generations, states, strict=True)]
+        hidden = self._read_answer(generations, counts)
+        return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
+
+    def _read_answer(self, generations: Sequence[Generation], counts: Sequence[int]) -> Tensor:
+        """Read the next counts[r] tokens of each answer in one pass; estimated features [R, max(counts), width] after them."""
         longest, slots = max(counts), [generation.slot for generation in generations]
         tokens = torch.zeros(len(generations), longest, dtype=torch.int64)
         positions = torch.zeros_like(tokens)
         blocks = torch.eye(longest, dtype=torch.bool).repeat(len(generations), 1, 1)
         features = []
-        for row, (generation, state, count) in enumerate(zip(generations, states, counts, strict=True)):
-            stop = generation.num_tokens
-            tokens[row, :count] = torch.tensor(generation.answer[-count:])
-            positions[row, :count] = torch.arange(stop - count, stop)
+        for row, (generation, count) in enumerate(zip(generations, counts, strict=True)):
+            state, prompt = self._states[generation.id], len(generation.prompt)
+            first, stop = state.num_read, state.num_read + count
+            tokens[row, :count] = torch.tensor(generation.answer[first - prompt : stop - prompt])
+            positions[row, :count] = torch.arange(first, stop)
             blocks[row, :count, :count] = causal_mask(count, count)
-            known = state.take(stop - count - 1, stop - 1)
+            known = state.take(first - 1, stop - 1)
             features.append(torch.cat([known, known.new_zeros(longest - count, known.shape[1])]))
-            state.features, state.num_read = [], stop
+            state.forget(stop - 1)
+            state.num_read = stop
         starts = [self.cache.lengths[slot] for slot in slots]
         inputs = self.model.enter(self.target.embed_text(tokens.to(self.device)), torch.stack(features))
         rows = self.cache.rows(slots, longest)
         hidden = self.model.decoder(inputs, ragged_mask(starts, blocks).to(self.device), positions.to(self.device), rows)
         for slot, count in zip(slots, counts, strict=True):
             self.cache.commit(slot, range(count))
-        return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
+        return hidden
 
 
 class _Growth:
@@ -206,8 +222,7 @@ class _Growth:
         self._depth = 0  # levels of children so far
 
     def children(self, nodes: list[list[int]], hidden: Tensor) -> None:
-        """Continue `nodes` (per request) by what follows from their estimated features [R, W, width]; choose the next frontier.
-        """
+        """Continue `nodes` (per request) by what follows from their estimated features [R, W, width]; pick the next frontier."""
         drafter, depth = self.drafter, self._depth
         widest = max(limit.width for limit in self.limits)
         scores, ids = drafter._ranked(hidden, self.generations, depth, widest)
@@ -231,9 +246,7 @@ class _Growth:
         self._depth += 1
 
     def level(self, depth: int) -> bool:
-        """Run the frontier, nodes `depth` places after the root, through the draft and add its children; False if there is
-        none.
-        """
+        """Run the frontier, nodes `depth` places after the root, and add its children; False if there is none (or no room)."""
         width = max(map(len, self.frontiers))
         drafter = self.drafter
         if width == 0 or max(self.starts) + self.num_keys + width > drafter.cache.capacity:

@@ -95,7 +95,7 @@ class Gate:
 
     def _check_open(self) -> None:
         if self.draining:
-            raise Refusal(Code.UNAVAILABLE, "The server is draining; ask another replica, or this one after its restart.", retry_after_s=1.0)
+            raise Refusal(Code.UNAVAILABLE, "The server is draining; ask another replica, or this one after its restart.")
 
     def _enter(self, change: int) -> None:
         self._requests += change

@@ -16,6 +16,7 @@ from grpc_reflection.v1alpha import reflection
 
 from serve import grpc_wire
 from serve.grpc_session import Session
+from serve.oip_models import find_model
 from serve.protocol import oip, open_inference_pb2_grpc, policy_pb2, policy_pb2_grpc
 from serve.protocol import open_inference_pb2 as oip_pb2
 from serve.protocol.limits import Limits
@@ -82,10 +83,11 @@ class InferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
     async def ServerMetadata(self, request: Any, context: grpc.aio.ServicerContext) -> oip_pb2.ServerMetadataResponse:
         return oip_pb2.ServerMetadataResponse(name=oip.SERVER_NAME, version=self.services.version, extensions=oip.EXTENSIONS)
 
-    async def ModelReady(self, request: oip_pb2.ModelReadyRequest, context: grpc.aio.ServicerContext) -> oip_pb2.ModelReadyResponse:
+    async def ModelReady(
+        self, request: oip_pb2.ModelReadyRequest, context: grpc.aio.ServicerContext
+    ) -> oip_pb2.ModelReadyResponse:
         async def answer() -> oip_pb2.ModelReadyResponse:
-            oip.check_model(self.services.need_description(), request.name, request.version)
-            return oip_pb2.ModelReadyResponse(ready=self.services.policy.ready and not self.services.gate.draining)
+            return oip_pb2.ModelReadyResponse(ready=find_model(self.services, request.name, request.version).ready)
 
         return await _answer(self.services, context, "ModelReady", answer)
 
@@ -93,24 +95,22 @@ class InferenceService(open_inference_pb2_grpc.GRPCInferenceServiceServicer):
         self, request: oip_pb2.ModelMetadataRequest, context: grpc.aio.ServicerContext
     ) -> oip_pb2.ModelMetadataResponse:
         async def answer() -> oip_pb2.ModelMetadataResponse:
-            description = self.services.need_description()
-            oip.check_model(description, request.name, request.version)
-            return grpc_wire.model_metadata(request.name, description)
+            return grpc_wire.model_metadata(find_model(self.services, request.name, request.version))
 
         return await _answer(self.services, context, "ModelMetadata", answer)
 
-    async def ModelInfer(self, request: oip_pb2.ModelInferRequest, context: grpc.aio.ServicerContext) -> oip_pb2.ModelInferResponse:
+    async def ModelInfer(
+        self, request: oip_pb2.ModelInferRequest, context: grpc.aio.ServicerContext
+    ) -> oip_pb2.ModelInferResponse:
         async def answer() -> oip_pb2.ModelInferResponse:
-            description = self.services.need_description()
-            oip.check_model(description, request.model_name, request.model_version)
+            model = find_model(self.services, request.model_name, request.model_version)
             inputs = grpc_wire.infer_inputs(request)
             parameters = grpc_wire.parameters_of(request.parameters)
             remaining_s = context.time_remaining()
             if remaining_s is not None:
                 parameters.setdefault("timeout_ms", 1000 * max(remaining_s, 1e-3))
-            requests = oip.act_requests(description, self.services.limits, inputs, parameters)
-            chunks = await self.services.act(requests)
-            return grpc_wire.infer_response(request, chunks, chunks[0].info.get("checkpoint", description.checkpoint))
+            tensors, checkpoint = await model.infer(inputs, parameters, [output.name for output in request.outputs])
+            return grpc_wire.infer_response(request, tensors, checkpoint)
 
         return await _answer(self.services, context, "ModelInfer", answer)
 

@@ -122,7 +122,9 @@ class Session:
             return _refused(request.sequence, refusal)
         except Exception:  # the border of the stream: the client gets a name, the log gets the rest
             logger.error("a session's observation failed:\n%s", traceback.format_exc())
-            return _refused(request.sequence, Refusal(Code.INTERNAL, "The server failed at this observation; its log says where."))
+            return _refused(
+                request.sequence, Refusal(Code.INTERNAL, "The server failed at this observation; its log says where.")
+            )
 
 
 def _refused(sequence: int, refusal: Refusal) -> SessionResponse:

@@ -6,6 +6,7 @@ from typing import Any
 import grpc
 import numpy as np
 
+from serve.oip_models import OipModel
 from serve.protocol import oip
 from serve.protocol import open_inference_pb2 as oip_pb2
 from serve.protocol import policy_pb2
@@ -50,7 +51,9 @@ def infer_inputs(request: oip_pb2.ModelInferRequest) -> dict[str, np.ndarray]:
     """The tensors of a ModelInfer call. Raises Refusal naming what is wrong."""
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
-        raise Refusal.invalid(f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs; there is one each, or none at all.")
+        raise Refusal.invalid(
+            f"{len(raw)} raw_input_contents for {len(request.inputs)} inputs; there is one each, or none at all."
+        )
     inputs: dict[str, np.ndarray] = {}
     for index, tensor in enumerate(request.inputs):
         shape = tuple(tensor.shape)
@@ -78,9 +81,10 @@ def parameters_of(parameters: Mapping[str, oip_pb2.InferParameter]) -> dict[str,
     return values
 
 
-def infer_response(request: oip_pb2.ModelInferRequest, chunks: list[ActionChunk], checkpoint: str) -> oip_pb2.ModelInferResponse:
-    """The asked-for outputs, as raw contents."""
-    tensors = oip.output_tensors(chunks, [output.name for output in request.outputs])
+def infer_response(
+    request: oip_pb2.ModelInferRequest, tensors: Mapping[str, np.ndarray], checkpoint: str
+) -> oip_pb2.ModelInferResponse:
+    """The outputs, as raw contents."""
     response = oip_pb2.ModelInferResponse(model_name=request.model_name, model_version=checkpoint, id=request.id)
     for name, array in tensors.items():
         response.outputs.add(name=name, datatype=datatype_of(array), shape=array.shape)
@@ -88,11 +92,11 @@ def infer_response(request: oip_pb2.ModelInferRequest, chunks: list[ActionChunk]
     return response
 
 
-def model_metadata(name: str, description: Description) -> oip_pb2.ModelMetadataResponse:
-    response = oip_pb2.ModelMetadataResponse(name=name, versions=[description.checkpoint], platform=oip.PLATFORM)
-    for tensor in oip.inputs_of(description):
+def model_metadata(model: OipModel) -> oip_pb2.ModelMetadataResponse:
+    response = oip_pb2.ModelMetadataResponse(name=model.name, versions=[model.checkpoint], platform=oip.PLATFORM)
+    for tensor in model.inputs:
         response.inputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
-    for tensor in oip.outputs_of(description):
+    for tensor in model.outputs:
         response.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
     return response
 
@@ -163,6 +167,7 @@ def _image(image: policy_pb2.Image, size: int, limits: Limits) -> np.ndarray:
     raw = image.raw
     if raw.height < 0 or raw.width < 0 or raw.height * raw.width * 3 != len(raw.data):
         raise Refusal.invalid(
-            f"Image {image.camera!r:.80} is {raw.height} x {raw.width} with {len(raw.data)} bytes; uint8 RGB has {raw.height * raw.width * 3}."
+            f"Image {image.camera!r:.80} is {raw.height} x {raw.width} with {len(raw.data)} bytes; "
+            f"uint8 RGB has {raw.height * raw.width * 3}."
         )
     return np.frombuffer(raw.data, dtype=np.uint8).reshape(raw.height, raw.width, 3)

@@ -5,6 +5,7 @@ says what they are.
 """
 
 import asyncio
+import functools
 import logging
 import time
 from typing import Any
@@ -17,10 +18,10 @@ from starlette.exceptions import HTTPException
 from serve.chat_api import chat_router
 from serve.http_body import ClientGone, read_body, while_connected
 from serve.http_guard import HttpGuard, refusal_response
+from serve.oip_models import find_model
 from serve.page_api import page_router
 from serve.protocol import oip, oip_json, schemas
 from serve.protocol.refusal import Code, Refusal
-from serve.protocol.requests import ActRequest
 from serve.services import Services
 from serve.websocket_api import websocket_router
 
@@ -100,11 +101,6 @@ def oip_router(services: Services) -> APIRouter:
     router = APIRouter(prefix="/v2", tags=["Open Inference Protocol v2"])
     paths = ("/models/{name}", "/models/{name}/versions/{version}")
 
-    def described(name: str, version: str) -> Any:
-        description = services.need_description()
-        oip.check_model(description, name, version)
-        return description
-
     @router.get("")
     async def server_metadata() -> schemas.ServerMetadata:
         return schemas.ServerMetadata(name=oip.SERVER_NAME, version=services.version, extensions=list(oip.EXTENSIONS))
@@ -120,48 +116,41 @@ def oip_router(services: Services) -> APIRouter:
         return schemas.Ready(ready=not reason, reason=reason)
 
     async def model_metadata(name: str, version: str = "") -> schemas.ModelMetadata:
-        description = described(name, version)
+        model = find_model(services, name, version)
         return schemas.ModelMetadata(
             name=name,
-            versions=[description.checkpoint],
+            versions=[model.checkpoint],
             platform=oip.PLATFORM,
-            inputs=[_tensor(tensor) for tensor in oip.inputs_of(description)],
-            outputs=[_tensor(tensor) for tensor in oip.outputs_of(description)],
-            parameters=description.to_dict(),
+            inputs=[_tensor(tensor) for tensor in model.inputs],
+            outputs=[_tensor(tensor) for tensor in model.outputs],
+            parameters=model.facts,
         )
 
     async def model_ready(name: str, response: Response, version: str = "") -> schemas.ModelReady:
-        described(name, version)
-        ready = services.policy.ready and not services.gate.draining
+        ready = find_model(services, name, version).ready
         response.status_code = 200 if ready else 503
         return schemas.ModelReady(name=name, ready=ready)
 
     async def infer(name: str, request: Request, version: str = "") -> Response:
-        description = described(name, version)
+        model = find_model(services, name, version)
         body = await read_body(request, services.limits)
-        parsed, requests = await _maybe_on_thread(body, request.headers.get(oip_json.JSON_LENGTH_HEADER), description)
-        chunks = await while_connected(request, services.act(requests))
-        tensors = oip.output_tensors(chunks, parsed.outputs)
-        checkpoint = chunks[0].info.get("checkpoint", description.checkpoint)
-        content, json_length = oip_json.response(parsed, name, checkpoint, tensors)
-        if json_length is None:
+        json_length = request.headers.get(oip_json.JSON_LENGTH_HEADER)
+        parse = functools.partial(oip_json.parse, body, json_length, services.limits)
+        parsed = parse() if len(body) < BIG_BODY else await asyncio.to_thread(parse)
+        answering = model.infer(parsed.inputs, parsed.parameters, parsed.outputs)
+        tensors, checkpoint = await while_connected(request, answering)
+        content, answer_length = oip_json.response(parsed, name, checkpoint, tensors)
+        if answer_length is None:
             return Response(content, media_type="application/json")
-        headers = {oip_json.JSON_LENGTH_HEADER: str(json_length)}
+        headers = {oip_json.JSON_LENGTH_HEADER: str(answer_length)}
         return Response(content, media_type="application/octet-stream", headers=headers)
-
-    async def _maybe_on_thread(
-        body: bytes, json_length: str | None, description: Any
-    ) -> tuple[oip_json.InferRequest, list[ActRequest]]:
-        def parse() -> tuple[oip_json.InferRequest, list[ActRequest]]:
-            parsed = oip_json.parse(body, json_length, services.limits)
-            return parsed, oip.act_requests(description, services.limits, parsed.inputs, parsed.parameters)
-
-        return parse() if len(body) < BIG_BODY else await asyncio.to_thread(parse)
 
     for path in paths:
         router.add_api_route(path, model_metadata, methods=["GET"], response_model=schemas.ModelMetadata, responses=_some(404))
         router.add_api_route(
-            f"{path}/ready", model_ready, methods=["GET"], response_model=schemas.ModelReady, responses=_some(404) | {503: {"model": schemas.ModelReady}}
+            f"{path}/ready", model_ready, methods=["GET"], response_model=schemas.ModelReady, responses=_some(404) | {
+                503: {"model": schemas.ModelReady}
+            }
         )
         router.add_api_route(
             f"{path}/infer",
@@ -211,5 +200,9 @@ async def _invalid(request: Request, error: RequestValidationError) -> Response:
 
 async def _failed(request: Request, error: Exception) -> Response:
     """Starlette logs nothing and raises the error again after this answer; HttpGuard writes it to the log."""
-    status, _, body = refusal_response(request.url.path, Refusal(Code.INTERNAL, "The server failed at this request; its log says where."))
-    return JSONResponse(None, status_code=status) if request.method == "HEAD" else Response(body, status, media_type="application/json")
+    status, _, body = refusal_response(
+        request.url.path, Refusal(Code.INTERNAL, "The server failed at this request; its log says where.")
+    )
+    return JSONResponse(None, status_code=status) if request.method == "HEAD" else Response(
+        body, status, media_type="application/json"
+    )

@@ -1,4 +1,4 @@
-"""What stands before every HTTP and WebSocket route: names, origins, keys, concurrency, counts, and errors without tracebacks."""
+"""What stands before every HTTP and WebSocket route: names, origins, keys, concurrency, counts, errors without tracebacks."""
 
 import json
 import logging

@@ -15,7 +15,9 @@ class Metrics:
         self._checkpoints: dict[str, str] = {}
         ProcessCollector(registry=self.registry)
         self.requests = self._counter("requests", "Requests answered", "protocol", "method", "code")
-        self.request_seconds = self._histogram("request_seconds", "From a complete request to its answer", SECONDS, "protocol", "method")
+        self.request_seconds = self._histogram(
+            "request_seconds", "From a complete request to its answer", SECONDS, "protocol", "method"
+        )
         self.in_flight = self._gauge("in_flight", "Requests being handled", "protocol")
         self.streams = self._gauge("streams", "Open WebSockets, gRPC sessions and event streams", "kind")
         self.ready = self._gauge("ready", "1 if warm and not draining")
@@ -33,7 +35,9 @@ class Metrics:
 
         self.tokens = self._counter("chat_tokens", "Tokens: prompt, completion, drafted, accepted", "kind")
         self.chat_rounds = self._counter("chat_rounds", "Speculative rounds")
-        self.tokens_per_round = self._histogram("chat_tokens_per_round", "Tokens committed in one round, the bonus included", SIZES)
+        self.tokens_per_round = self._histogram(
+            "chat_tokens_per_round", "Tokens committed in one round, the bonus included", SIZES
+        )
         self.accepted = self._counter("chat_accepted", "Draft tokens accepted, by position in the draft", "position")
         self.image_cache = self._counter("image_cache", "Image embeddings looked up", "result")
 

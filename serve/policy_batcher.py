@@ -4,8 +4,9 @@
 
 Batches form by themselves while the worker computes. When it is idle, a batch waits until as many observations are
 there as the last batch had, but no longer than max_wait_ms, nor than half of what a batch takes to compute: one robot alone
-never waits, eight robots in step become one batch of eight instead of one and seven in turn. A chunk depends on its own observation, known actions and seed; batch mates change it by no more than
-torch's rounding between batch sizes (2e-7 in an action at the desk preset).
+never waits, eight robots in step become one batch of eight instead of one and seven in turn. A chunk depends on its own
+observation, known actions and seed; batch mates change it by no more than torch's rounding between batch sizes (2e-7 in an
+action at the desk preset).
 """
 
 import asyncio
@@ -139,8 +140,8 @@ class PolicyBatcher:
             if (new.spec, new.action_horizon) != (previous.spec, previous.action_horizon):
                 raise Refusal(
                     Code.CONFLICT,
-                    f"The checkpoint at {self.source.path!r} drives another robot ({new.spec.name}, horizon {new.action_horizon}); "
-                    "the old one goes on. Start another server for it.",
+                    f"The checkpoint at {self.source.path!r} drives another robot ({new.spec.name}, horizon "
+                    f"{new.action_horizon}); the old one goes on. Start another server for it.",
                 )
 
         old = await self._keeper.swap(check)
@@ -164,9 +165,8 @@ class PolicyBatcher:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return list(await asyncio.gather(*(item.answer for item in items)))
         except TimeoutError:
-            raise Refusal(
-                Code.DEADLINE, f"No chunk within the deadline ({len(self._queue)} observations are waiting). Give more time or send less."
-            ) from None
+            text = f"No chunk within the deadline; {len(self._queue)} observations wait. Give more time or send less."
+            raise Refusal(Code.DEADLINE, text) from None
         finally:
             for item in items:
                 item.answer.cancel()
@@ -179,9 +179,8 @@ class PolicyBatcher:
         batches = math.ceil(waiting / self.config.max_batch) + self.is_computing
         expected_s = batches * self._batch_seconds
         if waiting > self.config.queue:
-            raise Refusal(
-                Code.OVERLOADED, f"{len(self._queue)} observations are waiting, {self.config.queue} is the limit.", retry_after_s=max(0.05, expected_s)
-            )
+            text = f"{len(self._queue)} observations are waiting, {self.config.queue} is the limit."
+            raise Refusal(Code.OVERLOADED, text, retry_after_s=max(0.05, expected_s))
         if expected_s > remaining_s > 0:
             raise Refusal(
                 Code.OVERLOADED,

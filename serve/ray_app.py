@@ -90,7 +90,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     if not models:
         raise ValueError("Nothing to serve. Give policy_path=RUN/checkpoints/last/policy, or vlm_path=FOLDER, or both.")
     ingress = serve.ingress(late_app)(Ingress)
-    return serve.deployment(ingress, name="Ingress", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256).bind(**models)
+    return serve.deployment(
+        ingress, name="Ingress", ray_actor_options={"num_cpus": 0.1}, max_ongoing_requests=256
+    ).bind(**models)
 
 
 # ------------------------------------------------------------------------------------------------------------- replicas
@@ -129,7 +131,9 @@ class ChatReplica:
     def __init__(self, config: RayConfig) -> None:
         from serve.chat_worker import ChatLoop, build, warm_up
 
-        source = ChatSource(path=config.vlm_path, device=config.device, threads=max(1, int(config.num_cpus)), factory=config.vlm_factory)
+        source = ChatSource(
+            path=config.vlm_path, device=config.device, threads=max(1, int(config.num_cpus)), factory=config.vlm_factory
+        )
         engine = build(source.settings(config.draft_path))
         warm_up(engine)
         self._checkpoint = engine.target.name or "unknown"
@@ -216,7 +220,9 @@ class RayPolicy:
             raise Refusal(Code.OVERLOADED, "The policy's replicas and their queue are full.", retry_after_s=0.5) from error
         except (RayError, RayServeException) as error:
             logger.error("policy replica: %s", error)
-            raise Refusal(Code.UNAVAILABLE, f"The policy's replica failed ({type(error).__name__}); another is being started.") from error
+            raise Refusal(
+                Code.UNAVAILABLE, f"The policy's replica failed ({type(error).__name__}); another is being started."
+            ) from error
         return [self._chunk(row) for row in rows]
 
     def _chunk(self, row: dict[str, Any]) -> ActionChunk:
@@ -277,7 +283,9 @@ class LateApp:
     async def _services(self) -> Services:
         limits, metrics = Limits(), Metrics()
         services = Services(
-            limits=limits, metrics=metrics, gate=Gate(limits, metrics), events=EventHub(), keys=Keys.load(SecurityConfig()), version="ray"
+            limits=limits, metrics=metrics, gate=Gate(limits, metrics), events=EventHub(), keys=Keys.load(
+                SecurityConfig()
+            ), version="ray"
         )
         if self.handles["policy"] is not None:
             described = await self.handles["policy"].describe.remote()

@@ -20,11 +20,14 @@ class RealtimeController:
     """One robot's vla.chunking.RealtimeQueue and the thread that waits for its answers."""
 
     def __init__(self, policy: Policy, *, execution_horizon: int, delay: int) -> None:
-        """delay: control periods an answer takes, rounded up. Raises ValueError unless execution_horizon + delay fit a chunk."""
+        """delay: control periods an answer takes, rounded up.
+
+        Raises ValueError unless delay < execution_horizon and execution_horizon + delay fit a chunk.
+        """
         if execution_horizon + delay > policy.action_horizon:
             raise ValueError(
-                f"execution_horizon {execution_horizon} + delay {delay} exceed the policy's action_horizon {policy.action_horizon}; "
-                "lower execution_horizon."
+                f"execution_horizon {execution_horizon} + delay {delay} exceed the policy's action_horizon "
+                f"{policy.action_horizon}; lower execution_horizon."
             )
         self._policy = policy
         self._queue = RealtimeQueue(execution_horizon, delay)

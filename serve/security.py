@@ -30,7 +30,9 @@ class SecurityConfig:
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("TLS needs both security.tls_certificate and security.tls_key.")
         if self.client_ca is not None and self.tls_certificate is None:
-            raise ValueError("security.client_ca asks for client certificates, which needs TLS: give security.tls_certificate and tls_key.")
+            raise ValueError(
+                "security.client_ca asks for client certificates, which needs TLS: give security.tls_certificate and tls_key."
+            )
 
     @property
     def has_tls(self) -> bool:
@@ -43,7 +45,9 @@ class Keys:
     def __init__(self, keys: tuple[str, ...] = ()) -> None:
         short = [key for key in keys if len(key) < MIN_KEY_LENGTH]
         if short:
-            raise ValueError(f"An API key has {len(short[0])} characters; at least {MIN_KEY_LENGTH} are needed: openssl rand -hex 32.")
+            raise ValueError(
+                f"An API key has {len(short[0])} characters; at least {MIN_KEY_LENGTH} are needed: openssl rand -hex 32."
+            )
         self._digests = tuple(_digest(key.encode()) for key in keys)
 
     @classmethod
@@ -80,8 +84,8 @@ def check_binding(host: str, config: SecurityConfig, keys: Keys) -> None:
         return
     if not keys and not config.has_tls:
         raise ValueError(
-            f"host {host!r} can be reached from other machines. Set a key ({KEY_VARIABLE} or security.key_file) or TLS first, or "
-            "bind to 127.0.0.1."
+            f"host {host!r} can be reached from other machines. Set a key ({KEY_VARIABLE} or security.key_file) or TLS "
+            "first, or bind to 127.0.0.1."
         )
     if not keys and config.client_ca is None:
         logger.warning("TLS without a key or client_ca: whoever reaches %s may use this server.", host)

@@ -25,10 +25,13 @@ from serve.http_server import HttpServer
 from serve.metrics import Metrics
 from serve.policy_batcher import BatchConfig, PolicyBatcher, PolicySource
 from serve.policy_worker import CHECKPOINT_FACTORY
+from serve.protocol import oip
 from serve.protocol.limits import Limits
 from serve.protocol.refusal import Refusal
 from serve.security import Keys, SecurityConfig, check_binding, grpc_credentials, is_loopback, tls_context
 from serve.services import Services
+from serve.tensor_model import EncoderSource
+from serve.tensor_process import TensorProcess
 
 LOOPBACK_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
 logger = logging.getLogger("remask")
@@ -48,6 +51,7 @@ class ServeConfig:
     policy: PolicySource = field(default_factory=PolicySource)
     vlm: ChatSource = field(default_factory=ChatSource)
     draft: DraftSource = field(default_factory=DraftSource)
+    encoders: dict[str, dict[str, Any]] = field(default_factory=dict)  # by name, see serve/tensor_model.py
     batching: BatchConfig = field(default_factory=BatchConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     limits: Limits = field(default_factory=Limits)
@@ -66,14 +70,19 @@ class Server:
     """All of it. `start`, then `stop`; `run` does both, with signals between them."""
 
     def __init__(self, config: ServeConfig) -> None:
-        if not config.has_policy and not config.vlm.is_given:
+        if not config.has_policy and not config.vlm.is_given and not config.encoders:
             raise ValueError("Nothing to serve. Give --policy.path=RUN/checkpoints/last/policy, or --vlm.path=FOLDER, or both.")
+        if oip.MODEL_NAME in config.encoders:
+            raise ValueError(f"An encoder cannot be called {oip.MODEL_NAME!r}; that is the policy's name.")
         self.config = config
         keys = Keys.load(config.security)
         check_binding(config.host, config.security, keys)
         self.metrics = Metrics()
         self.gate = Gate(config.limits, self.metrics)
         self.batcher = PolicyBatcher(config.policy, config.batching, self.metrics) if config.has_policy else None
+        self.encoders = {
+            name: TensorProcess(name, EncoderSource(**source), self.metrics) for name, source in config.encoders.items()
+        }
         self.chat = ChatProcess(config.vlm, config.draft.path, self.metrics) if config.vlm.is_given else None
         # Whoever cannot know the key cannot use it under another name either; without one, only this machine's names.
         open_names = None if keys or not is_loopback(config.host) else LOOPBACK_NAMES | set(config.security.hosts)
@@ -85,6 +94,7 @@ class Server:
             keys=keys,
             policy=self.batcher,
             chat=self.chat,
+            encoders=self.encoders,
             runs=None if config.runs is None else Path(config.runs).expanduser(),
             swap=self._swap,
             hosts=None if open_names is None else frozenset(open_names),
@@ -97,8 +107,8 @@ class Server:
         self.port = self.grpc_port = 0
 
     @property
-    def _backends(self) -> list[PolicyBatcher | ChatProcess]:
-        return [backend for backend in (self.batcher, self.chat) if backend is not None]
+    def _backends(self) -> list[PolicyBatcher | ChatProcess | TensorProcess]:
+        return [backend for backend in (self.batcher, self.chat, *self.encoders.values()) if backend is not None]
 
     @property
     def scheme(self) -> str:
@@ -177,11 +187,14 @@ class Server:
             description = self.batcher.description
             shape = f"chunks of {description.action_horizon} x {description.spec.action_dim}"
             lines.append(f"  policy {description.checkpoint} for {description.spec.name}, {shape}")
+        lines += [f"  encoder {name!r}, {encoder.signature.checkpoint}" for name, encoder in self.encoders.items()]
         if self.chat is not None:
             lines.append(f"  language model {self.chat.name!r}, {self.chat.checkpoint}")
         lines.append(f"  HTTP: page, Open Inference Protocol, OpenAI   {self.scheme}://{host}:{self.port}")
         if self.batcher is not None:
-            lines.append(f"  WebSocket: openpi                             {self.scheme.replace('http', 'ws')}://{host}:{self.port}")
+            lines.append(
+                f"  WebSocket: openpi                             {self.scheme.replace('http', 'ws')}://{host}:{self.port}"
+            )
         if self._grpc is not None:
             scheme = "grpcs" if self.config.security.has_tls else "grpc"
             lines.append(f"  gRPC: PolicyService, Open Inference Protocol  {scheme}://{host}:{self.grpc_port}")

@@ -1,7 +1,7 @@
 """What every wire of one server shares."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from serve.chat import ChatBackend
@@ -12,6 +12,7 @@ from serve.protocol.limits import Limits
 from serve.protocol.refusal import Code, Refusal
 from serve.protocol.requests import ActRequest, Description, PolicyBackend
 from serve.security import Keys
+from serve.tensor_process import TensorProcess
 from vla.interface import ActionChunk
 
 
@@ -26,6 +27,7 @@ class Services:
     keys: Keys
     policy: PolicyBackend | None = None
     chat: ChatBackend | None = None
+    encoders: dict[str, TensorProcess] = field(default_factory=dict)  # by name
     runs: Path | None = None  # folder of evaluation folders that the page replays
     swap: Callable[[], Awaitable[tuple[str, str]]] | None = None
     hosts: frozenset[str] | None = None  # names a browser may use; None: any
@@ -36,7 +38,7 @@ class Services:
         """Why the server is not ready; "" if it is."""
         if self.gate.draining:
             return "draining"
-        for name, backend in (("policy", self.policy), ("chat", self.chat)):
+        for name, backend in (("policy", self.policy), ("chat", self.chat), *self.encoders.items()):
             if backend is not None and not backend.ready:
                 return f"the {name} model is being loaded"
         return ""

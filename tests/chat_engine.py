@@ -21,4 +21,6 @@ def named_target(seed: int = 0) -> Target:
 
 def build(seed: int = 0, max_batch: int = 4, max_waiting: int = 64) -> Engine:
     """`--vlm.factory=tests.chat_engine:build`."""
-    return Engine(named_target(seed), EngineConfig(max_batch=max_batch, context=CONTEXT, max_waiting=max_waiting), NgramDrafter())
+    return Engine(
+        named_target(seed), EngineConfig(max_batch=max_batch, context=CONTEXT, max_waiting=max_waiting), NgramDrafter()
+    )

@@ -104,7 +104,7 @@ def odd_infer(generator: random.Random) -> oip_pb2.ModelInferRequest:
     request = oip_pb2.ModelInferRequest(model_name="policy")
     observation = odd_observation()
     tensors = [
-        *((f"observation.images.{name}", "UINT8", (1, *image.shape), image.tobytes()) for name, image in observation.images.items()),
+        *((f"observation.images.{name}", "UINT8", (1, *o.shape), o.tobytes()) for name, o in observation.images.items()),
         ("observation.state", "FP32", (1, 3), observation.state.tobytes()),
         ("task", "BYTES", (1,), b"\x02\0\0\0go"),
     ]
@@ -137,8 +137,12 @@ def odd_infer(generator: random.Random) -> oip_pb2.ModelInferRequest:
 METHODS: dict[str, Callable[[random.Random], Any]] = {
     "/remask.policy.v1.PolicyService/Act": odd_act,
     "/inference.GRPCInferenceService/ModelInfer": odd_infer,
-    "/inference.GRPCInferenceService/ModelMetadata": lambda g: oip_pb2.ModelMetadataRequest(name=g.choice(("policy", "x" * 1000, ""))),
-    "/inference.GRPCInferenceService/ModelReady": lambda g: oip_pb2.ModelReadyRequest(name="policy", version=g.choice(("", "x"))),
+    "/inference.GRPCInferenceService/ModelMetadata": lambda g: oip_pb2.ModelMetadataRequest(
+        name=g.choice(("policy", "x" * 1000, ""))
+    ),
+    "/inference.GRPCInferenceService/ModelReady": lambda g: oip_pb2.ModelReadyRequest(
+        name="policy", version=g.choice(("", "x"))
+    ),
     "/remask.policy.v1.PolicyService/Describe": lambda g: policy_pb2.DescribeRequest(),
     "/remask.policy.v1.PolicyService/NoSuch": lambda g: policy_pb2.DescribeRequest(),
 }
@@ -288,10 +292,13 @@ def fuzz_sockets(port: int, count: int, seed: int) -> Counter[str]:
         b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
         b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Version: 13\r\n\r\n"
     )
-    frames = [b"\x82\x81\0\0\0\0x", b"\x81\x82\0\0\0\0\xff\xfe", b"\x83\x80\0\0\0\0", b"\x80\x80\0\0\0\0", b"\x82\xff" + b"\xff" * 8, b"\x02\x80\0\0\0\0"]
+    frames = [b"\x82\x81\0\0\0\0x", b"\x81\x82\0\0\0\0\xff\xfe", b"\x83\x80\0\0\0\0", b"\x80\x80\0\0\0\0"]
+    frames += [b"\x82\xff" + b"\xff" * 8, b"\x02\x80\0\0\0\0"]
     plain = b"POST /v2/models/policy/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 4\r\nConnection: close\r\n\r\n{}{}"
     for _ in range(count):
-        data = generator.choice((generator.randbytes(60), mutated(plain, generator), upgrade + generator.choice(frames), mutated(upgrade, generator)))
+        data = generator.choice((
+            generator.randbytes(60), mutated(plain, generator), upgrade + generator.choice(frames), mutated(upgrade, generator)
+        ))
         with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
             try:
                 connection.sendall(data)

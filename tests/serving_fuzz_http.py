@@ -90,7 +90,9 @@ def fuzz_inference(url: str, count: int, seed: int) -> Counter[str]:
                 _replace_somewhere(body, generator)
             head = json.dumps(body).encode()
             head = mutated(head, generator) if generator.random() < 0.1 else head
-            headers = {"Inference-Header-Content-Length": str(len(head) + generator.choice((0, 0, 0, 0, -1, 3)))} if binary else {}
+            headers = {
+                "Inference-Header-Content-Length": str(len(head) + generator.choice((0, 0, 0, 0, -1, 3)))
+            } if binary else {}
             path = "/v2/models/policy/infer" if generator.random() < 0.9 else "/v1/chat/completions"
             response = session.post(url + path, data=head + tail, headers=headers, timeout=TIMEOUT_S)
             judge_http(response.status_code, response.content, f"{path} {head[:300]!r}")
@@ -116,5 +118,6 @@ def _replace_somewhere(node: Any, generator: random.Random) -> None:
             node[key] = generator.choice(ODD_VALUES)
 
 
-ODD_VALUES: tuple[Any, ...] = (None, True, 0, -1, 1, 255, 256, 2**31, 2**63, 2**64, -(2**70), 1e39, 1e400, float("nan"), "", "x", "\0", "\ud800",
-                               "observation.state", "FP32", "FP16", "BYTES", [], [[]], [1, 2], [[1], [2, 3]], {}, {"a": {}}, "9" * 5000)  # fmt: skip
+ODD_NUMBERS = (True, 0, -1, 1, 255, 256, 2**31, 2**63, 2**64, -(2**70), 1e39, 1e400, float("nan"))
+ODD_TEXTS = ("", "x", "\0", "\ud800", "observation.state", "FP32", "FP16", "BYTES", "9" * 5000)
+ODD_VALUES: tuple[Any, ...] = (None, *ODD_NUMBERS, *ODD_TEXTS, [], [[]], [1, 2], [[1], [2, 3]], {}, {"a": {}})

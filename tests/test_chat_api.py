@@ -67,6 +67,7 @@ def png(pixels: np.ndarray) -> str:
 
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 36, 3), dtype=np.uint8)
+REMOTE_IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
 PICTURE = [{"type": "image_url", "image_url": {"url": png(PIXELS)}}, {"type": "text", "text": QUESTION}]
 
 
@@ -81,7 +82,9 @@ def test_a_greedy_answer_is_the_engines(client: openai.OpenAI, engine: Engine):
     answer, want = ask(client), here(engine)
     assert answer.choices[0].message.content == want.text and answer.choices[0].finish_reason == want.reason
     usage = (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens)
-    assert usage == (want.usage.prompt_tokens, want.usage.completion_tokens, want.usage.prompt_tokens + want.usage.completion_tokens)
+    assert usage == (
+        want.usage.prompt_tokens, want.usage.completion_tokens, want.usage.prompt_tokens + want.usage.completion_tokens
+    )
     assert answer.usage.remask["rounds"] == want.usage.rounds and answer.system_fingerprint == "tiny-0"
 
 
@@ -107,7 +110,9 @@ def test_pieces_are_the_answer_round_by_round(client: openai.OpenAI, engine: Eng
     rounds = [chunk.remask for chunk in chunks if getattr(chunk, "remask", None)]
     assert sum(told["tokens"] for told in rounds) == want.usage.completion_tokens
     assert sum(told["accepted"] for told in rounds) == want.usage.accepted_tokens
-    assert all(told["accepted"] < told["tokens"] or told["tokens"] == 0 or told["accepted"] == 0 or told is rounds[-1] for told in rounds)
+    assert all(told["accepted"] < told["tokens"] or told["tokens"] == 0 or told["accepted"] == 0 or told is rounds[
+        -1
+    ] for told in rounds)
 
 
 def test_the_answer_does_not_depend_on_speculation(client: openai.OpenAI):
@@ -138,7 +143,9 @@ def test_logprobs_are_the_engines(client: openai.OpenAI, engine: Engine):
     np.testing.assert_allclose([token.logprob for token in got], [entry.logprob for entry in entries], rtol=1e-4)
     assert all(len(token.top_logprobs) == 2 and token.top_logprobs[0].logprob >= token.top_logprobs[1].logprob for token in got)
     decode = engine.target.tokenizer.decode
-    assert [[top.token for top in token.top_logprobs] for token in got] == [[decode([i]) for i, _ in entry.top] for entry in entries]
+    assert [[top.token for top in token.top_logprobs] for token in got] == [
+        [decode([i]) for i, _ in entry.top] for entry in entries
+    ]
 
 
 def test_penalties_and_biases_reach_the_engine(client: openai.OpenAI, engine: Engine):
@@ -180,7 +187,7 @@ def test_several_turns_are_one_prompt(client: openai.OpenAI, engine: Engine):
         ({"messages": [{"role": "robot", "content": "x"}]}, "role", "invalid_request"),
         ({"max_tokens": CONTEXT}, "context", "context_length_exceeded"),
         ({"messages": [{"role": "user", "content": PICTURE * 3}]}, "images", "too_many_images"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}]}]}, "fetches nothing", None),
+        ({"messages": [{"role": "user", "content": [REMOTE_IMAGE]}]}, "fetches nothing", None),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "Tools are not supported", "unsupported"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported"),
         ({"logit_bias": {"99999": 1.0}}, "99999", "invalid_request"),
@@ -189,7 +196,9 @@ def test_several_turns_are_one_prompt(client: openai.OpenAI, engine: Engine):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_cannot_be_answered_is_a_bad_request_that_names_the_field(client: openai.OpenAI, changes: dict, says: str, code, stream: bool):
+def test_what_cannot_be_answered_is_a_bad_request_that_names_the_field(
+    client: openai.OpenAI, changes: dict, says: str, code, stream: bool
+):
     with pytest.raises(openai.BadRequestError) as caught:
         ask(client, stream=stream, **changes)
     assert re.search(says, str(caught.value)) and (code is None or caught.value.code == code)
@@ -250,7 +259,9 @@ def test_overload_is_a_retryable_error():
 
             def one() -> None:
                 try:
-                    outcomes.append(ask(client, max_tokens=200, extra_body={"remask": {"speculate": False}}).choices[0].finish_reason)
+                    outcomes.append(
+                        ask(client, max_tokens=200, extra_body={"remask": {"speculate": False}}).choices[0].finish_reason
+                    )
                 except openai.InternalServerError as error:
                     outcomes.append(error)
 
@@ -278,7 +289,8 @@ def test_the_pages_box_streams_the_answer_with_its_rounds_coloured(server: Runni
     with Browser(PROGRAM, tmp_path) as browser:
         browser.open(server.http)
         browser.wait_for("document.getElementById('frame')?.dataset.frames >= 1")
-        browser.evaluate(f"document.getElementById('question').value = {json.dumps(QUESTION)}; document.getElementById('ask').requestSubmit()")
+        browser.evaluate(f"document.getElementById('question').value = {json.dumps(QUESTION)}")
+        browser.evaluate("document.getElementById('ask').requestSubmit()")
         facts = browser.wait_for("document.getElementById('answer-facts').textContent")
         assert facts == f"{want.usage.completion_tokens} tokens in {want.usage.rounds} rounds"
         assert browser.evaluate("document.getElementById('answer').textContent") == want.text

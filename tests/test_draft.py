@@ -136,20 +136,25 @@ def test_a_draft_whose_image_is_gone_goes_on_without_it():
 
 
 class OnAndOff(FixedController):
-    """Drafts in some rounds only."""
+    """Drafts in stretches of `period` rounds."""
+
+    def __init__(self, limits: DraftLimits, period: int) -> None:
+        super().__init__(limits)
+        self.period, self.round = period, 0
 
     def plan(self, generations):
-        self.round = getattr(self, "round", 0) + 1
+        self.round += 1
         off = DraftLimits(0, 0, 0)
-        return [self.limits if (self.round // 3 + row) % 2 else off for row in range(len(generations))]
+        return [self.limits if (self.round // self.period + row) % 2 else off for row in range(len(generations))]
 
 
-def test_drafting_can_stop_and_start_again_without_loss(monkeypatch):
+@pytest.mark.parametrize("period", [3, 19])  # shorter and longer than what requests read together
+def test_drafting_can_stop_and_start_again_without_loss(monkeypatch, period):
     """The draft read lazily what the target did meanwhile: it estimates what it would have."""
     draft = build_draft(mode="pool")
-    taught, asked = dialogue(4, 20)
+    taught, asked = dialogue(4, 26)
     (expected,) = training_features(draft, taught, 1)
-    engine, seen = build(draft, max_batch=1, controller=OnAndOff(BUSH)), []
+    engine, seen = build(draft, max_batch=1, controller=OnAndOff(BUSH, period)), []
     catch_up = engine.drafter._catch_up
 
     def record(generations):
@@ -162,6 +167,12 @@ def test_drafting_can_stop_and_start_again_without_loss(monkeypatch):
     assert 0 < len(seen) < engine.stats().rounds
     for position, hidden in seen:
         torch.testing.assert_close(hidden, expected[position])
+
+
+def test_a_long_catch_up_beside_a_full_slot_has_room():
+    asked = [request(index, max_tokens=40, ignore_eos=True) for index in (0, 3, 6)]
+    engine = build(build_draft(mode="text_only"), max_batch=3, controller=OnAndOff(BUSH, 20))
+    assert answers(engine, asked) == [naive(target(), each) for each in asked]
 
 
 def test_a_trimmed_head_drafts_only_its_ids():

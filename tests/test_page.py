@@ -32,8 +32,8 @@ def runs(tmp_path_factory) -> Path:
     (root / "lift" / "videos").mkdir(parents=True)
     frames = [np.full((64, 64, 3), 30 * index, np.uint8) for index in range(8)]
     imageio.mimwrite(root / "lift" / "videos" / "e.mp4", frames, fps=20, codec="libx264", macro_block_size=2)
-    row = {"suite": "robosuite_lift", "task": 0, "episode": 3, "instruction": "lift the cube", "success": True, "steps": 7, "error": None,
-           "rounds": 2.5, "policy_ms": 3.0, "video": "videos/e.mp4"}  # fmt: skip
+    row = {"suite": "robosuite_lift", "task": 0, "episode": 3, "instruction": "lift the cube", "success": True, "steps": 7}
+    row |= {"error": None, "rounds": 2.5, "policy_ms": 3.0, "video": "videos/e.mp4"}
     (root / "lift" / "episodes.jsonl").write_text(json.dumps(row) + "\n")
     return root
 
@@ -102,9 +102,12 @@ def test_the_chunk_is_unmasked_round_by_round_with_its_confidences(server: Runni
         seen.append(browser.evaluate("document.getElementById('chunk-facts').textContent"))
     committed = np.array(CHUNK["committed"])
     assert [int(text.split()[0]) for text in seen] == [int((committed <= number).sum()) for number in range(4)]
-    assert "3 rounds, 12.5 ms" in seen[0] and browser.evaluate("document.getElementById('round-text').textContent") == "round 3 of 3"
+    assert "3 rounds, 12.5 ms" in seen[0] and browser.evaluate(
+        "document.getElementById('round-text').textContent"
+    ) == "round 3 of 3"
     colours = browser.evaluate("""(() => { const canvas = document.getElementById('chunk'), pen = canvas.getContext('2d');
-        const at = (step, dim) => [...pen.getImageData((step + 0.1) * canvas.width / 4, (dim + 0.1) * canvas.height / 3, 1, 1).data].join();
+        const [width, height] = [canvas.width / 4, canvas.height / 3];
+        const at = (step, dim) => [...pen.getImageData((step + 0.1) * width, (dim + 0.1) * height, 1, 1).data].join();
         return [at(1, 0), at(1, 1), at(1, 2), at(0, 0)]; })()""")
     assert len(set(colours)) == 4, "three confidences and a known slot look different"
 

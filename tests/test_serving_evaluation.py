@@ -33,7 +33,9 @@ def three_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(folder: Path, policy, **changes) -> list[dict]:
-    settings = dict(suite="libero_object", output_dir=folder, episodes=EPISODES, workers=1, max_steps=40, execution_horizon=3, num_known=1)
+    settings = dict(
+        suite="libero_object", output_dir=folder, episodes=EPISODES, workers=1, max_steps=40, execution_horizon=3, num_known=1
+    )
     rows = evaluate(EvaluateConfig(**settings | changes), policy, "the same checkpoint", build=build_point_world)
     return [{key: value for key, value in asdict(row).items() if key not in TIMES} for row in rows]
 

@@ -84,12 +84,15 @@ def test_a_grpc_deadline_is_honoured(server: Running):
 
 def flood(server: Running, count: int) -> list[tuple[int, float, httpx.Headers]]:
     """Status, seconds and headers of that many simultaneous requests."""
-    (o,) = [odd_observation()]
+    observation = odd_observation()
     inputs = [
-        *({"name": f"observation.images.{name}", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": image.ravel().tolist()} for name, image in o.images.items()),
+        {"name": f"observation.images.{name}", "datatype": "UINT8", "shape": [1, 8, 8, 3], "data": image.ravel().tolist()}
+        for name, image in observation.images.items()
+    ]
+    inputs += [
         {"name": "observation.state", "datatype": "FP32", "shape": [1, 3], "data": [0.0, 0.0, 0.0]},
         {"name": "task", "datatype": "BYTES", "shape": [1], "data": ["go"]},
-    ]  # fmt: skip
+    ]
 
     async def run():
         async with httpx.AsyncClient(verify=False, limits=httpx.Limits(max_connections=count)) as client:

@@ -42,8 +42,14 @@ def test_the_checked_in_stubs_are_what_the_proto_files_make(tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- msgpack
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary() | ARRAYS,
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8))  # fmt: skip
+LEAVES = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False) | st.text() | st.binary()
+
+
+def nested(inner: st.SearchStrategy) -> st.SearchStrategy:
+    return st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
+
+
+@given(st.recursive(LEAVES | ARRAYS, nested, max_leaves=8))
 def test_what_is_packed_comes_back(message):
     def same(a, b) -> bool:
         if isinstance(a, np.ndarray):
@@ -222,7 +228,9 @@ def test_a_wrong_request_names_what_is_wrong(change, says: str):
     assert caught.value.code is Code.INVALID
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"inputs": NaN}', b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b'{"inputs": 1}'])
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b"[]", b'{"inputs": NaN}', b"[" * 100_000, b"\xff\xfe", b"1" * 5000, b'{"inputs": 1}']
+)
 def test_a_body_that_is_no_request_is_refused(data: bytes):
     with pytest.raises(Refusal) as caught:
         requests_of(data)
@@ -236,7 +244,9 @@ def test_a_wrong_json_length_is_refused(length: str):
 
 
 def test_an_answer_is_the_same_as_json_and_as_binary_tensors():
-    chunk = ActionChunk(np.ones((4, 3), np.float32) / 3, {"rounds": 2, "confidence": np.full((4, 3), 0.1, np.float32), "milliseconds": 1.5})
+    chunk = ActionChunk(
+        np.ones((4, 3), np.float32) / 3, {"rounds": 2, "confidence": np.full((4, 3), 0.1, np.float32), "milliseconds": 1.5}
+    )
     tensors = oip.output_tensors([chunk, chunk])
     assert list(tensors) == ["action", "confidence", "rounds", "milliseconds"]
     request = oip_json.InferRequest("id", {}, {}, (), None)
@@ -325,7 +335,9 @@ def test_a_delay_that_the_tail_or_the_chunk_cannot_bridge_is_refused(rows: int, 
 
 def test_deadlines_are_the_clients_within_the_servers():
     assert deadline_after(None, LIMITS) - deadline_after(1.0, LIMITS) == pytest.approx(LIMITS.timeout_s - 1, abs=0.1)
-    assert deadline_after(1e9, LIMITS) - deadline_after(None, LIMITS) == pytest.approx(LIMITS.max_timeout_s - LIMITS.timeout_s, abs=0.1)
+    assert deadline_after(1e9, LIMITS) - deadline_after(None, LIMITS) == pytest.approx(
+        LIMITS.max_timeout_s - LIMITS.timeout_s, abs=0.1
+    )
 
 
 def test_frames_come_back_on_both_kinds_of_socket():

@@ -77,7 +77,9 @@ def test_probes_and_the_page_need_no_key_and_nothing_else_is_open(keyed: Running
     paths = WEB.get(f"{keyed.http}/openapi.json", headers={"authorization": f"Bearer {KEY}"}).json()["paths"]
     openly = {"/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"}
     for path, methods in paths.items():
-        url = keyed.http + path.replace("{name}", "policy").replace("{version}", "x").replace("{path}", "x").replace("{model}", "x")
+        url = keyed.http + path.replace("{name}", "policy").replace("{version}", "x").replace("{path}", "x").replace(
+            "{model}", "x"
+        )
         for method in methods:
             status = WEB.request(method.upper(), url).status_code
             assert (status == 200) if path in openly else (status == 401), (method, path, status)
@@ -132,7 +134,9 @@ def certificates(folder: Path) -> SecurityConfig:
     authority, authority_key = make("authority", None, None, True)
     make("server", authority, authority_key, False)
     make("robot", authority, authority_key, False)
-    return SecurityConfig(tls_certificate=folder / "server.pem", tls_key=folder / "server.key", client_ca=folder / "authority.pem")
+    return SecurityConfig(
+        tls_certificate=folder / "server.pem", tls_key=folder / "server.key", client_ca=folder / "authority.pem"
+    )
 
 
 def test_tls_and_client_certificates_hold_on_every_wire(tmp_path: Path):
@@ -202,7 +206,9 @@ def test_a_connection_without_complete_headers_is_closed(sent: bytes, opened: Ru
 
 def test_a_body_that_does_not_come_is_not_awaited(opened: Running):
     with socket.create_connection(("127.0.0.1", opened.server.port)) as connection:
-        connection.sendall(b"POST /v2/models/policy/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n{")
+        connection.sendall(
+            b"POST /v2/models/policy/infer HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n{"
+        )
         seconds, said = closed_after(connection)
     assert seconds < 5 and said.startswith(b"HTTP/1.1 408")
 
@@ -223,7 +229,9 @@ def test_errors_never_show_a_traceback(opened: Running):
     with RemotePolicy(opened.http, timeout_s=5) as remote, pytest.raises(ConnectionError) as caught:
         remote.act([observation])
     assert "RuntimeError" in str(caught.value) and "secret" not in str(caught.value) and "File" not in str(caught.value)
-    for path, method in (("/v2/models/policy/infer", "DELETE"), ("/v1/x", "GET"), ("/a%00b", "GET"), ("/%ff", "GET"), ("/runs/x/episodes", "GET")):
+    for path, method in (
+        ("/v2/models/policy/infer", "DELETE"), ("/v1/x", "GET"), ("/a%00b", "GET"), ("/%ff", "GET"), ("/runs/x/episodes", "GET")
+    ):
         response = WEB.request(method, opened.http + path)
         assert response.status_code in (404, 405) and "error" in response.json()
         if response.status_code == 405:
@@ -237,7 +245,9 @@ def test_errors_never_show_a_traceback(opened: Running):
         (["--host=0.0.0.0", "--policy.factory=tests.odd_policy:OddPolicy"], "Set a key"),
         (["--security.tls_key=/nowhere", "--policy.factory=tests.odd_policy:OddPolicy"], "TLS needs both"),
         (["--policy.factory=tests.odd_policy:OddPolicy", "--security.key_file=/nowhere", "--port=0"], "/nowhere"),
-        (["--policy.factory=tests.odd_policy:OddPolicy", "--host=203.0.113.1", "--port=0", "--grpc_port=null"], "Cannot listen"),
+        ([
+            "--policy.factory=tests.odd_policy:OddPolicy", "--host=203.0.113.1", "--port=0", "--grpc_port=null"
+        ], "Cannot listen"),
     ],
 )
 def test_settings_that_cannot_be_served_are_one_line(arguments: list[str], says: str, monkeypatch, capsys):
@@ -253,7 +263,9 @@ class Served:
     def __init__(self, *arguments: str) -> None:
         command = [sys.executable, "-m", "vla.cli", "serve", "--port=0", "--grpc_port=0", *arguments]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
         self.lines: list[str] = []
         threading.Thread(target=lambda: self.lines.extend(iter(self.process.stdout.readline, "")), daemon=True).start()
 

@@ -60,7 +60,9 @@ def alone(local: TorchPolicy, index: int = 0, seed: int = 3) -> ActionChunk:
 @pytest.mark.parametrize("wire", WIRES)
 def test_a_remote_policy_is_the_policy(wire: str, server: Running, local: TorchPolicy, expected: list[ActionChunk]):
     with RemotePolicy(getattr(server, wire)) as remote:
-        assert (remote.spec, remote.action_horizon, remote.content_hash) == (local.spec, local.action_horizon, local.content_hash)
+        assert (remote.spec, remote.action_horizon, remote.content_hash) == (
+            local.spec, local.action_horizon, local.content_hash
+        )
         chunks = remote.act(observations(COUNT), known=KNOWN, seeds=SEEDS)
         (single,) = remote.act([observations(COUNT)[0]], seeds=[3])
         assert remote.act([]) == []
@@ -159,7 +161,8 @@ with triton.InferenceServerClient(url) as client:
     result = client.infer("policy", inputs, outputs=outputs, request_id="r1", parameters={"note": "x"})
     answer = {name: result.as_numpy(name).tolist() for name in ("action", "confidence", "rounds")}
     response = result.get_response()
-    print(json.dumps(answer | {"id": response["id"], "version": response["model_version"], "server": client.get_server_metadata()["name"]}))
+    facts = {"id": response["id"], "version": response["model_version"], "server": client.get_server_metadata()["name"]}
+    print(json.dumps(answer | facts))
 """
 
 TRITON_GRPC = """
@@ -181,7 +184,8 @@ with triton.InferenceServerClient(url) as client:
     result = client.infer("policy", inputs, outputs=outputs, request_id="r1", client_timeout=30)
     answer = {name: result.as_numpy(name).tolist() for name in ("action", "confidence", "rounds")}
     response = result.get_response()
-    print(json.dumps(answer | {"id": response.id, "version": response.model_version, "server": client.get_server_metadata().name}))
+    facts = {"id": response.id, "version": response.model_version, "server": client.get_server_metadata().name}
+    print(json.dumps(answer | facts))
 """
 
 
@@ -192,13 +196,19 @@ def infer_arrays() -> dict[str, np.ndarray]:
         "observation.state": np.stack([o.state for o in batch]),
         "task": np.array([o.instruction for o in batch]),
         "seed": np.array(SEEDS, dtype=np.int64),
-        "known": np.stack([np.pad(k, ((0, 2 - len(k)), (0, 0))) if k is not None else np.zeros((2, 3), np.float32) for k in KNOWN]),
+        "known": np.stack(
+            [np.pad(k, ((0, 2 - len(k)), (0, 0))) if k is not None else np.zeros((2, 3), np.float32) for k in KNOWN]
+        ),
         "known_length": np.array([0 if k is None else len(k) for k in KNOWN], dtype=np.int32),
     }
 
 
-@pytest.mark.parametrize(("code", "wire", "mode"), [(TRITON_HTTP, "http", "binary"), (TRITON_HTTP, "http", "json"), (TRITON_GRPC, "grpc", "")])
-def test_tritonclient_gets_the_policys_chunks(code: str, wire: str, mode: str, server: Running, local, expected, tmp_path: Path):
+@pytest.mark.parametrize(
+    ("code", "wire", "mode"), [(TRITON_HTTP, "http", "binary"), (TRITON_HTTP, "http", "json"), (TRITON_GRPC, "grpc", "")]
+)
+def test_tritonclient_gets_the_policys_chunks(
+    code: str, wire: str, mode: str, server: Running, local, expected, tmp_path: Path
+):
     """In a process of its own: two packages named `inference` cannot share one."""
     np.savez(tmp_path / "inputs.npz", **infer_arrays())
     address = getattr(server, wire).partition("://")[2]
@@ -214,7 +224,8 @@ def test_tritonclient_gets_the_policys_chunks(code: str, wire: str, mode: str, s
 
 def test_our_client_lives_with_another_inference_package():
     """serve.client speaks the typed service, so a program may import tritonclient.grpc beside it."""
-    code = "import tritonclient.grpc, serve.client, serve.client_wires, serve.protocol.policy_pb2_grpc, sys; print('torch' in sys.modules)"
+    modules = "tritonclient.grpc, serve.client, serve.client_wires, serve.protocol.policy_pb2_grpc, sys"
+    code = f"import {modules}; print('torch' in sys.modules)"
     finished = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.strip() == "False"

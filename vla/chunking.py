@@ -91,8 +91,8 @@ class RealtimeQueue:
     def __init__(self, execution_horizon: int, delay: int) -> None:
         if not 0 <= delay < execution_horizon:
             raise ValueError(
-                f"delay is {delay}, execution_horizon {execution_horizon}; needed is 0 <= delay < execution_horizon, since the first "
-                "`delay` actions of a chunk are executed before it arrives."
+                f"delay is {delay}, execution_horizon {execution_horizon}; needed is 0 <= delay < execution_horizon, since the "
+                "first `delay` actions of a chunk are executed before it arrives."
             )
         self.execution_horizon, self.delay = execution_horizon, delay
         self.reset()
@@ -129,13 +129,15 @@ class RealtimeQueue:
         actions = np.asarray(actions)
         if actions.ndim != 2 or len(actions) < self.execution_horizon + self.delay:
             raise ValueError(
-                f"Chunk has shape {actions.shape}; with execution_horizon {self.execution_horizon} and delay {self.delay} it must "
-                "be [H, D] with H >= their sum. Lower execution_horizon."
+                f"Chunk has shape {actions.shape}; with execution_horizon {self.execution_horizon} and delay {self.delay} it "
+                "must be [H, D] with H >= their sum. Lower execution_horizon."
             )
         if self._since_ask is None:
             raise ValueError("No answer is due: call ask() first, and push once for each.")
         if self._known is not None and not np.array_equal(actions[: len(self._known)], self._known):
-            raise ValueError(f"The chunk does not start with the {len(self._known)} known actions; the policy must honour `known`.")
+            raise ValueError(
+                f"The chunk does not start with the {len(self._known)} known actions; the policy must honour `known`."
+            )
         self.num_late += self._since_ask > (0 if self._known is None else len(self._known))
         self._chunk, self._position = actions.copy(), self._since_ask
         self._since_ask = self._known = None

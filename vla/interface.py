@@ -50,7 +50,7 @@ class ActionChunk:
     """Actions to execute from the observed instant on, one per control period."""
 
     actions: np.ndarray  # float32 [H, D], units of the robot
-    info: dict[str, Any] = field(default_factory=dict)  # rounds, confidence and committed (round of a slot) [H, D], milliseconds
+    info: dict[str, Any] = field(default_factory=dict)  # rounds, confidence, committed (a slot's round) [H, D], milliseconds
 
 
 class Policy(Protocol):

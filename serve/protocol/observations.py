@@ -86,7 +86,9 @@ def answer_of(chunk: ActionChunk) -> dict[str, Any]:
 def chunk_of(answer: Mapping[str, Any]) -> ActionChunk:
     """Inverse of `answer_of`."""
     info = {name: answer[name] for name in INFO if name in answer}
-    return ActionChunk(np.array(answer["actions"], dtype=np.float32), info | {"milliseconds": answer["policy_timing"]["infer_ms"]})
+    return ActionChunk(
+        np.array(answer["actions"], dtype=np.float32), info | {"milliseconds": answer["policy_timing"]["infer_ms"]}
+    )
 
 
 def metadata_of(description: Description) -> dict[str, Any]:
@@ -100,7 +102,9 @@ def _image(key: str, value: Any, size: int, limits: Limits) -> np.ndarray:
         shown = f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value).__name__
         raise Refusal.invalid(f"{key!r} is {shown}; expected uint8 [height, width, 3].")
     if not 0 < value.shape[0] * value.shape[1] <= limits.pixels:
-        raise Refusal(Code.TOO_LARGE, f"{key!r} has {value.shape[0]} x {value.shape[1]} pixels; 1 to {limits.pixels} are accepted.")
+        raise Refusal(
+            Code.TOO_LARGE, f"{key!r} has {value.shape[0]} x {value.shape[1]} pixels; 1 to {limits.pixels} are accepted."
+        )
     return fit_image(value, size)
 
 

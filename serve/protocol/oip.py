@@ -23,7 +23,7 @@ import numpy as np
 
 from serve.protocol.images import decode_image, fit_image
 from serve.protocol.limits import Limits
-from serve.protocol.refusal import Code, Refusal
+from serve.protocol.refusal import Refusal
 from serve.protocol.requests import ActRequest, Description, act_request, check_batch, deadline_after
 from serve.protocol.tensors import TensorSpec, texts
 from vla.interface import ActionChunk
@@ -62,16 +62,6 @@ def outputs_of(description: Description) -> tuple[TensorSpec, ...]:
     )
 
 
-def check_model(description: Description, name: str, version: str) -> None:
-    """Raise Refusal unless this is the policy's name and, if one is given, its version."""
-    if name != MODEL_NAME:
-        raise Refusal(Code.NOT_FOUND, f"There is no model {name!r:.60}; there is {MODEL_NAME!r}.")
-    if version and version != description.checkpoint:
-        raise Refusal(
-            Code.NOT_FOUND, f"Model {name!r} has no version {version!r:.60}; it has {description.checkpoint!r}. Leave it out for the newest."
-        )
-
-
 def act_requests(
     description: Description, limits: Limits, inputs: Mapping[str, np.ndarray], parameters: Mapping[str, Any]
 ) -> list[ActRequest]:
@@ -82,20 +72,24 @@ def act_requests(
         raise Refusal.invalid(f"The model has no input {unknown[0]!r:.80}; it has {', '.join(signature)}.")
     missing = [name for name, tensor in signature.items() if name not in inputs and not tensor.optional]
     if missing:
-        raise Refusal.invalid(f"Input {missing[0]!r} is missing; required: {', '.join(n for n, t in signature.items() if not t.optional)}.")
+        raise Refusal.invalid(
+            f"Input {missing[0]!r} is missing; required: {', '.join(n for n, t in signature.items() if not t.optional)}."
+        )
     count = _rows(inputs[STATE])
     cameras = description.spec.cameras
     check_batch(count, count * len(cameras), limits)
     for name, array in inputs.items():
         if _rows(array) != count:
-            raise Refusal.invalid(f"Input {name!r} has {_rows(array)} rows, {STATE!r} has {count}; all share the first dimension.")
+            raise Refusal.invalid(
+                f"Input {name!r} has {_rows(array)} rows, {STATE!r} has {count}; all share the first dimension."
+            )
     images = {camera: _images(inputs[IMAGE_PREFIX + camera], description.spec.image_size, limits) for camera in cameras}
     instructions = texts(TASK, _typed(inputs, TASK, object, 1))
     state = _typed(inputs, STATE, np.floating, 2)
     tails = _tails(inputs, count)
     delays = _integers(inputs, DELAY, [None] * count)
     seeds = _integers(inputs, SEED, [_seed(parameters)] * count)
-    deadline = deadline_after(_timeout(parameters), limits)
+    deadline = deadline_after(timeout_of(parameters), limits)
     return [
         act_request(
             description,
@@ -145,7 +139,9 @@ def _typed(inputs: Mapping[str, np.ndarray], name: str, kind: type, dimensions: 
     fits = array.dtype == object if kind is object else np.issubdtype(array.dtype, kind)
     if not fits or array.ndim != dimensions:
         expected = {object: "BYTES", np.floating: "FP32", np.integer: "INT64"}[kind]
-        raise Refusal.invalid(f"Input {name!r} is {array.dtype} {list(array.shape)}; expected {expected} in {dimensions} dimensions.")
+        raise Refusal.invalid(
+            f"Input {name!r} is {array.dtype} {list(array.shape)}; expected {expected} in {dimensions} dimensions."
+        )
     return array
 
 
@@ -171,7 +167,7 @@ def _seed(parameters: Mapping[str, Any]) -> int:
     return seed
 
 
-def _timeout(parameters: Mapping[str, Any]) -> float | None:
+def timeout_of(parameters: Mapping[str, Any]) -> float | None:
     """Seconds, from the parameter timeout_ms."""
     timeout = parameters.get("timeout_ms")
     if timeout is None:

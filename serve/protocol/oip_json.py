@@ -35,7 +35,9 @@ def parse(body: bytes, json_length: str | None, limits: Limits) -> InferRequest:
     """Raises Refusal naming what is wrong."""
     head, tail = _split(body, json_length)
     if len(head) > limits.json_bytes:
-        raise Refusal(Code.TOO_LARGE, f"{len(head)} bytes of JSON; at most {limits.json_bytes} are read. Send tensors as binary data.")
+        raise Refusal(
+            Code.TOO_LARGE, f"{len(head)} bytes of JSON; at most {limits.json_bytes} are read. Send tensors as binary data."
+        )
     try:
         request = InferRequestBody.model_validate(load_json(head))
     except ValidationError as error:
@@ -52,11 +54,15 @@ def parse(body: bytes, json_length: str | None, limits: Limits) -> InferRequest:
             inputs[tensor.name] = from_values(tensor.name, tensor.datatype, tensor.shape, tensor.data)
             continue
         if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= len(tail) - position:
-            raise Refusal.invalid(f"Input {tensor.name!r:.80} names binary_data_size {size!r:.20}; {len(tail) - position} bytes are left.")
+            raise Refusal.invalid(
+                f"Input {tensor.name!r:.80} names binary_data_size {size!r:.20}; {len(tail) - position} bytes are left."
+            )
         inputs[tensor.name] = from_raw(tensor.name, tensor.datatype, tensor.shape, tail[position : position + size])
         position += size
     if position != len(tail):
-        raise Refusal.invalid(f"{len(tail) - position} bytes follow the last binary tensor; do {JSON_LENGTH_HEADER} and the sizes fit?")
+        raise Refusal.invalid(
+            f"{len(tail) - position} bytes follow the last binary tensor; do {JSON_LENGTH_HEADER} and the sizes fit?"
+        )
     return InferRequest(
         request.id, request.parameters or {}, inputs, tuple(output.name for output in request.outputs or ()), _binary(request)
     )

@@ -84,7 +84,9 @@ def act_request(
     with np.errstate(over="ignore"):
         state = np.asarray(state, dtype=np.float32)
     if len(instruction) > limits.instruction_chars:
-        raise Refusal.invalid(f"The instruction has {len(instruction)} characters; at most {limits.instruction_chars} are accepted.")
+        raise Refusal.invalid(
+            f"The instruction has {len(instruction)} characters; at most {limits.instruction_chars} are accepted."
+        )
     try:
         instruction.encode()
     except UnicodeEncodeError as error:
@@ -133,6 +135,8 @@ def deadline_after(timeout_s: float | None, limits: Limits) -> float:
 def check_batch(count: int, num_images: int, limits: Limits) -> None:
     """Raise Refusal unless that many observations and images may be in one request."""
     if not 1 <= count <= limits.batch:
-        raise Refusal(Code.TOO_LARGE if count else Code.INVALID, f"A request of {count} observations; 1 to {limits.batch} are accepted.")
+        raise Refusal(
+            Code.TOO_LARGE if count else Code.INVALID, f"A request of {count} observations; 1 to {limits.batch} are accepted."
+        )
     if num_images > limits.images:
         raise Refusal(Code.TOO_LARGE, f"A request of {num_images} images; at most {limits.images} are accepted.")

@@ -43,7 +43,9 @@ def check_shape(name: str, datatype: str, shape: Sequence[int]) -> int:
     if datatype not in DATATYPES:
         raise Refusal.invalid(f"Input {name!r} has datatype {datatype!r}; allowed: {', '.join(DATATYPES)}.")
     if len(shape) > MAX_DIMENSIONS or any(size < 0 for size in shape):
-        raise Refusal.invalid(f"Input {name!r} has shape {list(shape)[:9]}; sizes are >= 0, in at most {MAX_DIMENSIONS} dimensions.")
+        raise Refusal.invalid(
+            f"Input {name!r} has shape {list(shape)[:9]}; sizes are >= 0, in at most {MAX_DIMENSIONS} dimensions."
+        )
     count = math.prod(shape)
     if count > MAX_ELEMENTS:
         raise Refusal.invalid(f"Input {name!r} would have {count} elements; at most {MAX_ELEMENTS} are accepted.")

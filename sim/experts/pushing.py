@@ -26,7 +26,8 @@ FLOAT = 0.004  # m, of the finger tips above what the object stands on
 LEANS = np.radians([65.0, 90.0, 45.0])  # of the approach below the horizontal
 YAWS = np.radians([0.0, -20.0, 20.0, -40.0, 40.0])  # of the fingers from square to the push
 BEHIND = 0.015  # m, between finger tips and object before the push
-TURN = 0.15  # m, what a turn on the way is worth avoiding
+TURN = 0.1  # m, what a leg more of the way is worth avoiding
+MAX_LEGS = 4
 ARRIVED = 0.015  # m, nearer than this a turning point is reached
 LEAD = 0.03  # m, how far ahead of itself the hand is sent
 
@@ -51,8 +52,8 @@ def push_into(world: World, name: str, region: Region) -> np.ndarray:
     ahead = float(offset @ direction)
     aside = offset - ahead * direction
     turn = float(angles_between(rotation, world.gripper_rotation_w))
-    if -0.03 < ahead < BEHIND + 0.02 and np.linalg.norm(aside) < 0.025 and turn < 0.3:
-        steady = 1.0 - ramp(float(np.linalg.norm(aside)), 0.01, 0.025)
+    if -0.03 < ahead < BEHIND + 0.02 and np.linalg.norm(aside) < 0.016 and turn < 0.3:
+        steady = 1.0 - ramp(float(np.linalg.norm(aside)), 0.006, 0.016)
         return servo(world, world.gripper_position_w + aside + steady * LEAD * direction, rotation, CLOSE)
     return travel(world, stand - BEHIND * direction, rotation, CLOSE, solids(world))
 
@@ -60,33 +61,49 @@ def push_into(world: World, name: str, region: Region) -> np.ndarray:
 def next_point(world: World, name: str, region: Region) -> np.ndarray:
     """Where to push body `name` next, [2] m: the end of the first leg of the shortest free way into the region.
 
-    Ways have one or two legs; those of two turn at a corner of the rectangle around an obstacle, widened by the body's
-    size. If no way is free, straight to the nearest point of the region.
+    Ways turn at corners of the rectangles around what stands on the table, widened by the body's size. If no way is free,
+    straight to the nearest point of the region.
     """
-    body = world.bodies[name]
-    start, middle = body.origin_w[:2], region.position_w[:2]
+    start, middle = world.bodies[name].origin_w[:2], region.position_w[:2]
     low, high = rectangles(world, name)
-    inside = ((start > low) & (start < high)).all(axis=1)  # touched already: no obstacle
-    low, high = low[~inside], high[~inside]
+    inside = ((start > low) & (start < high)).all(axis=1)
+    low, high = shrunk(low[inside], high[inside], start, low[~inside], high[~inside])
     steps = np.stack(np.meshgrid(*[np.linspace(-0.9, 0.9, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
     ends = middle + steps * (np.abs(region.rotation_w[:2, :2]) @ region.half_extents[:2])
     corners = np.array([[x, y] for (x0, y0), (x1, y1) in zip(low, high) for x in (x0, x1) for y in (y0, y1)]).reshape(-1, 2)
-    turns = np.concatenate([ends, corners[is_free(start[None], corners, low, high)[0]]])
-    free = is_free(start[None], turns, low, high)[0][:, None] & is_free(turns, ends, low, high)
-    first = np.linalg.norm(turns - start, axis=1)[:, None]
-    second = np.linalg.norm(turns[:, None] - ends[None], axis=2)
-    cost = first + second + TURN * (second > 1e-6) + 0.3 * np.linalg.norm(ends - middle, axis=1)
-    cost = np.where(free, cost, np.inf)
-    if not np.isfinite(cost).any():
+    nodes = np.concatenate([start[None], ends, corners])
+    legs = np.linalg.norm(nodes[:, None] - nodes[None], axis=2) + TURN
+    legs = np.where(is_free(nodes, nodes, low, high), legs, np.inf)
+    left = np.full(len(nodes), np.inf)  # cheapest way from each node into the region
+    left[1 : len(ends) + 1] = 0.3 * np.linalg.norm(ends - middle, axis=1)
+    for _ in range(MAX_LEGS - 1):
+        left = np.minimum(left, (legs + left).min(axis=1))
+    cost = (legs[0] + left)[1:]
+    far = np.linalg.norm(nodes[1:] - start, axis=1) > ARRIVED
+    if not np.isfinite(cost[far]).any():
         return ends[int(np.argmin(np.linalg.norm(ends - start, axis=1)))]
-    turn, end = np.unravel_index(int(np.argmin(cost)), cost.shape)
-    return ends[end] if first[turn, 0] < ARRIVED else turns[turn]
+    return nodes[1:][far][int(np.argmin(cost[far]))]
+
+
+def shrunk(
+    low: np.ndarray, high: np.ndarray, point: np.ndarray, others_low: np.ndarray, others_high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rectangles (low, high) [K, 2] that hold a point, cut back at the side nearest to it; the others as they are."""
+    low, high = low.copy(), high.copy()
+    for index in range(len(low)):
+        depths = np.concatenate([point - low[index], high[index] - point])
+        side = int(np.argmin(depths))
+        if side < 2:
+            low[index, side] = point[side] + 1e-3
+        else:
+            high[index, side - 2] = point[side - 2] - 1e-3
+    return np.concatenate([low, others_low]), np.concatenate([high, others_high])
 
 
 def rectangles(world: World, name: str) -> tuple[np.ndarray, np.ndarray]:
     """Corners (low, high), [K, 2] each, of what stands at the height of body `name`, widened by half the body's width."""
     body = world.bodies[name]
-    radius = float(np.mean(body.half_extents[:2])) + 0.006
+    radius = float(np.mean(body.half_extents[:2])) + 0.003
     low, high = [], []
     for key, other in named_solids(world).items():
         if key == name or other.parts.bottom > body.parts.top or other.parts.top < body.parts.bottom + 0.005:

@@ -20,10 +20,11 @@ class Item:
     family: str  # what it asks for; the first part of its templates' names
     ask: str  # template list of the question
     tell: str  # template list of the full-sentence answer
-    short: str  # the short answer, the only right one
+    short: str  # the short answer
     slots: Slots = field(default_factory=dict)
     subject: str | None = None  # simulator's name of slot "a" if the question is about one named thing
     told: Slots = field(default_factory=dict)  # slots that the full answer has otherwise
+    is_exact: bool = True  # whether the short answer is the only right one
 
 
 class Account:

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from sim.language.account import Account, Item
 from sim.language.captions import long_caption, relations_of, short_caption, sizes, states
 from sim.language.grammar import HELD_OUT, TRAINING, Grammar, capitalised, enumerate_words
+from sim.language.locations import locate, locations
 from sim.language.naming import It
 from sim.language.plans import MAX_STEPS, Step, made_up_goals, next_question, steps, task_steps
 from sim.language.properties import PROPERTY_QUESTIONS
 from sim.language.questions import PLACE_QUESTIONS
 from sim.scene_state import Scene
 
-QUESTIONS: dict[str, Callable[[Account], Item | None]] = {**PLACE_QUESTIONS, **PROPERTY_QUESTIONS, "next": next_question}
+QUESTIONS: dict[str, Callable[[Account], Item | None]] = {
+    **PLACE_QUESTIONS,
+    **PROPERTY_QUESTIONS,
+    "locate": locate,
+    "next": next_question,
+}
 # Question lists that read well with "it" for what was spoken of just before.
 PRONOUN_ASKS = ("side.ask", "third.ask", "closest.ask", "where.ask", "check.ask", "wrist.ask", "tipped.ask")
 BRIEF_CHANCE = 0.4  # that a question says that a short answer will do
@@ -37,7 +43,7 @@ def question(account: Account) -> Text | None:
     if item is None:
         return None
     ask = _ask(account, item, brief=account.chance.random() < BRIEF_CHANCE)
-    return _text(account, "question", item.family, [(ask, sentence_of(item.short))], is_exact=True)
+    return _text(account, "question", item.family, [(ask, sentence_of(item.short))], is_exact=item.is_exact)
 
 
 def answer(account: Account) -> Text | None:
@@ -68,6 +74,10 @@ def relations(account: Account) -> Text | None:
 
 def comparison(account: Account) -> Text | None:
     return _pair(account, "comparison", account.say("sizes.ask", {}), sizes(account))
+
+
+def location(account: Account) -> Text | None:
+    return _pair(account, "location", account.say("locate.ask_all", {}), locations(account))
 
 
 def state(account: Account) -> Text | None:
@@ -117,11 +127,12 @@ def dialogue(account: Account) -> Text | None:
 
 # Kind -> (maker, share of the texts of an image).
 KINDS: dict[str, tuple[Callable[[Account], Text | None], float]] = {
-    "question": (question, 0.34),
-    "answer": (answer, 0.14),
-    "description": (description, 0.12),
-    "plan": (plan, 0.12),
-    "dialogue": (dialogue, 0.12),
+    "question": (question, 0.32),
+    "answer": (answer, 0.13),
+    "description": (description, 0.11),
+    "plan": (plan, 0.11),
+    "dialogue": (dialogue, 0.11),
+    "location": (location, 0.06),
     "caption": (caption, 0.05),
     "relations": (relations, 0.05),
     "comparison": (comparison, 0.03),

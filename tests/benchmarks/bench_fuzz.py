@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             print("the worker was restarted, or the server is not ready any more")
             return 1
     rows = [[kind, sum_of(answers[kind]), seconds[kind], summary(answers[kind])] for kind in SHARES]
-    report("fuzz", ["traffic", "answers", "seconds", "by status"], rows, options.output, memory_mb=memory, exit_code=server.exit_code)
+    columns = ["traffic", "answers", "seconds", "by status"]
+    report("fuzz", columns, rows, options.output, memory_mb=memory, exit_code=server.exit_code)
     return 0 if server.exit_code == 0 else 1
 
 

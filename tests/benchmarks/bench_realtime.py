@@ -1,4 +1,4 @@
-"""The closed loop over wires: equal to the policy in process, and what a delayed answer costs with and without real-time chunking.
+"""The closed loop over wires equals the policy in process; and what a late answer costs, with real-time chunking and without.
 
 Part 1, `wires`: the same starts evaluated in process and over http, grpc, ws; rows must be equal. Part 2, `delay`: every
 answer arrives --delay_ms late in simulated time. Synchronous execution holds still meanwhile; real-time chunking
@@ -55,11 +55,19 @@ def wires(server: ServerProcess, options: argparse.Namespace) -> bool:
     local = load_policy(options.policy)
     rows, reference = [], None
     with tempfile.TemporaryDirectory() as folder:
-        for name, url in (("in process", ""), ("http", server.http), ("grpc", f"grpc://{server.grpc_address}"), ("ws", server.ws)):
+        for name, url in (
+            ("in process", ""), ("http", server.http), ("grpc", f"grpc://{server.grpc_address}"), ("ws", server.ws)
+        ):
             config = EvaluateConfig(
-                suite=options.suite, tasks=options.tasks, episodes=options.episodes, workers=1, max_batch=1, max_steps=options.max_steps,
-                execution_horizon=options.execution_horizon, output_dir=Path(folder) / name.replace(" ", "-"),
-            )  # fmt: skip
+                suite=options.suite,
+                tasks=options.tasks,
+                episodes=options.episodes,
+                workers=1,
+                max_batch=1,
+                max_steps=options.max_steps,
+                execution_horizon=options.execution_horizon,
+                output_dir=Path(folder) / name.replace(" ", "-"),
+            )
             policy = RemotePolicy(url, timeout_s=60, same_checkpoint=True) if url else local
             episodes = evaluate(config, policy, local.content_hash)
             decided = [{key: value for key, value in asdict(row).items() if key not in NOT_DECIDED} for row in episodes]
@@ -86,7 +94,9 @@ def delay(server: ServerProcess, options: argparse.Namespace) -> None:
     """The same starts, three ways."""
     suite = get_suite(options.suite)
     periods = math.ceil(options.delay_ms / 1000 * suite.control_hz)
-    modes = {"no delay": (0, False), f"{periods} periods late, holding still": (periods, False), f"{periods} periods late, real-time": (periods, True)}
+    late_name = f"{periods} periods late"
+    modes = {"no delay": (0, False), f"{late_name}, holding still": (periods, False)}
+    modes[f"{late_name}, real-time"] = (periods, True)
     rows = []
     with RemotePolicy(f"grpc://{server.grpc_address}", timeout_s=60) as policy:
         environment = build_environment(options.suite, image_size=policy.spec.image_size)
@@ -97,7 +107,9 @@ def delay(server: ServerProcess, options: argparse.Namespace) -> None:
                 for index in range(options.episodes)
             ]
             solved = Tally(sum(episode.success for episode in episodes), len(episodes), 0)
-            means = [float(np.nanmean([getattr(episode, field) for episode in episodes])) for field in ("steps", "held", "jerk", "boundary_jerk")]
+            means = [float(np.nanmean([getattr(episode, field) for episode in episodes])) for field in (
+                "steps", "held", "jerk", "boundary_jerk"
+            )]
             rows.append([name, str(solved), *means])
         environment.close()
     columns = ["mode", "success", "steps", "held still", "jerk", "jerk at boundaries"]
@@ -111,7 +123,9 @@ def delayed_rollout(
     """One episode in which an answer to the observation of step s can be executed from step s + late on."""
     suite = get_suite(options.suite)
     max_steps = options.max_steps or suite.max_steps[suite.default_protocol]
-    queue = RealtimeQueue(max(options.execution_horizon, late + 1) if realtime else options.execution_horizon, late if realtime else 0)
+    queue = RealtimeQueue(
+        max(options.execution_horizon, late + 1) if realtime else options.execution_horizon, late if realtime else 0
+    )
     environment.reset(task, begin)
     actions, first_of_chunk = [], []
     arriving: tuple[int, np.ndarray] | None = None  # (step from which it can be executed, chunk)
@@ -142,7 +156,7 @@ def delayed_rollout(
 
 
 def jerks(actions: np.ndarray, first_of_chunk: np.ndarray) -> tuple[float, float]:
-    """Mean squared third difference of the position commands [steps, 3]: of all windows of four, and of those with a boundary."""
+    """Mean squared third difference of the position commands: of all windows of four steps, and of those with a boundary."""
     if len(actions) < 4:
         return math.nan, math.nan
     squares = np.square(np.diff(actions[:, :3].astype(np.float64), n=3, axis=0)).mean(1)

@@ -11,7 +11,15 @@ import time
 
 from serve.protocol.refusal import Code
 from tests.benchmarks.harness import parser, quiet_machine, report
-from tests.benchmarks.serving_load import Outcome, ServerProcess, TemporaryPolicy, grpc_message, histogram_between, load, observations
+from tests.benchmarks.serving_load import (
+    Outcome,
+    ServerProcess,
+    TemporaryPolicy,
+    grpc_message,
+    histogram_between,
+    load,
+    observations,
+)
 from vla.policy import PolicyAssets
 
 
@@ -34,17 +42,23 @@ def main(argv: list[str] | None = None) -> int:
             return soak(policy, messages, options)
         rows = throughput(policy, messages, options)
         overload_facts = overload(policy, messages, options)
-    columns = ["clients", "server", "chunks/s", "p50 ms", "p99 ms", "p99 / p50", "against one at a time", "batches by size", "errors"]
+    columns = [
+        "clients", "server", "chunks/s", "p50 ms", "p99 ms", "p99 / p50", "against one at a time", "batches by size", "errors"
+    ]
     report("serving", columns, rows, options.output, overload=overload_facts, seconds=options.seconds, threads=options.threads)
     return 0
 
 
 def throughput(policy: str, messages: list[bytes], options: argparse.Namespace) -> list[list]:
     """Both servers are up all the time and measured in turn, so that the machine's other load hits them alike."""
-    batching = [f"--batching.max_batch={options.max_batch}", f"--batching.max_wait_ms={options.max_wait_ms}", "--batching.queue=256"]
+    batching = [
+        f"--batching.max_batch={options.max_batch}", f"--batching.max_wait_ms={options.max_wait_ms}", "--batching.queue=256"
+    ]
     single = ["--batching.max_batch=1", "--batching.max_wait_ms=0", "--batching.queue=256"]
     rows = []
-    with ServerProcess(f"--policy.path={policy}", *batching) as batched, ServerProcess(f"--policy.path={policy}", *single) as one:
+    with ServerProcess(f"--policy.path={policy}", *batching) as batched, ServerProcess(
+        f"--policy.path={policy}", *single
+    ) as one:
         for clients in options.clients:
             measured: dict[str, tuple[Outcome, dict[str, int]]] = {}
             for name, server in (("batched", batched), ("one at a time", one)):
@@ -106,9 +120,11 @@ def soak(policy: str, messages: list[bytes], options: argparse.Namespace) -> int
         outcome = load(server.grpc_address, messages, options.soak_clients, seconds, meanwhile=meanwhile)
         memory_after = server.resident_mb()
     answered, errors = len(outcome.latencies_ms), sum(outcome.errors.values())
-    row = [options.minutes, options.soak_clients, answered, errors, str(outcome.errors), outcome.percentile(50), outcome.percentile(99)]
-    row += [memory_before, memory_after, recovery.get("seconds", float("nan")), server.exit_code]
-    columns = ["minutes", "clients", "answered", "errors", "by status", "p50 ms", "p99 ms", "MB before", "MB after", "back after s", "exit code"]
+    row = [options.minutes, options.soak_clients, answered, errors, str(outcome.errors)]
+    row += [outcome.percentile(50), outcome.percentile(99), memory_before, memory_after]
+    row += [recovery.get("seconds", float("nan")), server.exit_code]
+    columns = ["minutes", "clients", "answered", "errors", "by status", "p50 ms", "p99 ms"]
+    columns += ["MB before", "MB after", "back after s", "exit code"]
     report("serving-soak", columns, [row], options.output, warm_up=len(warm.latencies_ms), killed=options.kill)
     return 0 if errors == 0 or options.kill else 1
 
