@@ -130,8 +130,10 @@ class Server:
                 await self._grpc.set_ready(False)
                 await self._grpc.start()
                 self.grpc_port = self._grpc.port
-            for backend in self._backends:
-                await backend.start()
+            started = await asyncio.gather(*(backend.start() for backend in self._backends), return_exceptions=True)
+            for failure in started:
+                if failure is not None:
+                    raise failure
         except BaseException:
             await self.stop(grace_s=0.0)
             raise

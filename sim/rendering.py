@@ -13,6 +13,7 @@ from sim.camera_view import DRAWN_GROUP, CameraView
 EGL_PLATFORM_DEVICE_EXT = 0x313F  # EGL_EXT_platform_device
 HIDDEN_GROUP = 0  # collision geoms are in it
 MAX_GEOMS = 1000  # of a scene, as robosuite
+OPAQUE = 0.9  # opacity from which nothing is seen through a geom
 
 
 def choose_gl_backend() -> str:
@@ -137,7 +138,10 @@ class Renderer:
         return self._draw(camera, size, identities=False)
 
     def bodies(self, camera: str, size: int) -> np.ndarray:
-        """The MuJoCo body that each pixel of `frame` shows, int32 [size, size], upright; -1 where it shows none."""
+        """The MuJoCo body that each pixel of `frame` shows, int32 [size, size], upright; -1 where it shows none.
+
+        Through what is translucent (a microwave's window) the body behind it is seen.
+        """
         import mujoco
 
         pixels = self._draw(camera, size, identities=True).astype(np.int32)
@@ -167,6 +171,10 @@ class Renderer:
         self._update_scene(camera_id)
         for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
             self._scene.flags[flag] = identities
+        if identities:
+            for geom in self._scene.geoms[: self._scene.ngeom]:
+                if geom.rgba[3] < OPAQUE:
+                    geom.segid = -1  # not drawn as an identity
         viewport = mujoco.MjrRect(0, 0, size, size)
         pixels = np.empty((size, size, 3), np.uint8)
         mujoco.mjr_render(viewport, self._scene, self._context)

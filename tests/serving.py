@@ -13,7 +13,7 @@ from serve.policy_batcher import PolicySource
 from serve.server import ServeConfig, Server
 
 FAKE_POLICY = PolicySource(factory="tests.point_world:PointPolicy")
-START_SECONDS = 120
+START_SECONDS = 600  # importing torch takes minutes where ten jobs share two cores
 WEB = httpx.Client(verify=False, trust_env=False, timeout=30.0)  # plain HTTP: reading the authorities takes longer than a test
 
 

@@ -202,3 +202,19 @@ def test_nothing_is_told_of_the_rim(stack) -> None:
     assert sight.pixels == 0 or (sight.box[0] >= RIM / 64 and sight.box[2] <= 1 - RIM / 64)
     everything = SceneReader(environment, suite="robosuite_stack", task=0, rim=0).read()[0]
     assert everything.thing("cubeB").base == scene.thing("cubeB").base
+
+
+def test_what_is_behind_a_translucent_thing_is_seen(stack) -> None:
+    """As through a microwave's window."""
+    environment, reader = stack
+    settled(environment, 0, 0)
+    model = environment.arm.model
+    before = reader.read()[0]
+    body = model.body("cubeA_main").id
+    materials = {int(model.geom_matid[geom]) for geom in range(model.ngeom) if model.geom_bodyid[geom] == body}
+    opacity = model.mat_rgba[:, 3].copy()
+    model.mat_rgba[[material for material in materials if material >= 0], 3] = 0.3
+    after = reader.read()[0]
+    model.mat_rgba[:, 3] = opacity
+    assert before.thing("cubeA").base.pixels > 20 and after.thing("cubeA").base.pixels == 0
+    assert after.thing("cubeB").base.pixels >= before.thing("cubeB").base.pixels
