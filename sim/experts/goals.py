@@ -10,7 +10,7 @@ from sim.experts.geometry import HOME_ROTATION, overreach
 from sim.experts.grasping import choose_grasp, is_held, reach_and_grasp
 from sim.experts.motion import CLOSE, let_go, servo, solids
 from sim.experts.placing import Place, carry_and_place
-from sim.experts.pushing import is_hard_to_pinch, push_into
+from sim.experts.dragging import is_hard_to_pinch, drag_into
 
 JOINT_PREDICATES = ("open", "close", "turnon", "turnoff")
 OPEN_ENOUGH, PULL_FURTHER = 0.7, 0.12  # of the way of a drawer or door
@@ -98,13 +98,13 @@ def put_in(world: World, name: str, region_name: str) -> np.ndarray:
 
 
 def put_on(world: World, name: str, support_name: str) -> np.ndarray:
-    """Put body `name` onto a region or onto the middle of another body; push it if it stays on the table."""
+    """Put body `name` onto a region or onto the middle of another body; drag it if it can only stay on the table."""
     body = find_body(world, name)
     if support_name not in world.regions:
         return pick_and_place(world, name, Place(find_body(world, support_name).origin_w, 0.008))
     region = world.regions[support_name]
     if region.owner is None and is_hard_to_pinch(body) and abs(body.origin_w[2] - region.position_w[2]) < 0.03:
-        return push_into(world, name, region)
+        return drag_into(world, name, region)
     return pick_and_place(world, name, Place(spot_in(world, region, body), 0.015))
 
 

@@ -1,35 +1,22 @@
-"""Pushing an object along the table with the closed fingers, as one does with a plate that cannot be pinched."""
+"""Dragging an object over the table with the closed fingertips pressed into it, as with a plate that cannot be pinched."""
 
 import numpy as np
 
-from sim.boxes import UP, Boxes
+from sim.boxes import Boxes, vertical_spans
 from sim.environment import Body, Region, World
-from sim.experts.geometry import (
-    DOWN,
-    FINGER_DEPTH,
-    FINGER_HALF_WIDTH,
-    TIP_LENGTH,
-    angles_between,
-    comfortable,
-    hand_rotation,
-    horizontal,
-    ramp,
-    rotation_about,
-    tilted,
-)
-from sim.experts.grasping import crowding
+from sim.experts.geometry import DOWN, HOME_ROTATION, TIP_LENGTH, horizontal, ramp
 from sim.experts.motion import CLOSE, named_solids, servo, solids, travel
 from sim.experts.pinches import find_pinches
 
-HARD_TO_PINCH = 2.0  # cost of the best pinch of an upright object, beyond which it is pushed
-FLOAT = 0.004  # m, of the finger tips above what the object stands on
-LEANS = np.radians([65.0, 90.0, 45.0])  # of the approach below the horizontal
-YAWS = np.radians([0.0, -20.0, 20.0, -40.0, 40.0])  # of the fingers from square to the push
-BEHIND = 0.015  # m, between finger tips and object before the push
+HARD_TO_PINCH = 2.0  # cost of the best pinch of an upright object, beyond which it is dragged
+PRESS = 0.006  # m, how far below the surface the finger tips are sent
+HOVER = 0.02  # m, above the surface, where the hand waits until it is over the middle
+SLIPPED = 0.03  # m, from the middle of the object, where the finger tips start anew
 TURN = 0.1  # m, what a leg more of the way is worth avoiding
 MAX_LEGS = 4
-ARRIVED = 0.015  # m, nearer than this a turning point is reached
-LEAD = 0.03  # m, how far ahead of itself the hand is sent
+OUTSIDE = 0.012  # m, from the corner of an obstacle to where a way turns around it
+ARRIVED = 0.008  # m, nearer than this a turning point is reached
+LEAD = 0.045  # m, how far ahead of itself the hand is sent
 
 
 def is_hard_to_pinch(body: Body) -> bool:
@@ -39,27 +26,32 @@ def is_hard_to_pinch(body: Body) -> bool:
     return not len(costs) or float(costs[0]) > HARD_TO_PINCH
 
 
-def push_into(world: World, name: str, region: Region) -> np.ndarray:
-    """Push body `name` over the table until its origin is in the region, around what stands in the way.
-
-    The closed fingers stand side by side across the push.
-    """
+def drag_into(world: World, name: str, region: Region) -> np.ndarray:
+    """Drag body `name` over the table until its origin is in the region, around what stands in the way."""
     body = world.bodies[name]
-    remaining = np.array([*next_point(world, name, region), 0.0]) - body.origin_w * [1.0, 1.0, 0.0]
-    direction = horizontal(remaining)
-    stand, rotation = pushing_pose(world, name, direction)
-    offset = stand - world.gripper_position_w
-    ahead = float(offset @ direction)
-    aside = offset - ahead * direction
-    turn = float(angles_between(rotation, world.gripper_rotation_w))
-    if -0.03 < ahead < BEHIND + 0.02 and np.linalg.norm(aside) < 0.016 and turn < 0.3:
-        steady = 1.0 - ramp(float(np.linalg.norm(aside)), 0.006, 0.016)
-        return servo(world, world.gripper_position_w + aside + steady * LEAD * direction, rotation, CLOSE)
-    return travel(world, stand - BEHIND * direction, rotation, CLOSE, solids(world))
+    surface = surface_height(body)
+    offset = (body.origin_w - world.gripper_position_w) * [1.0, 1.0, 0.0]
+    aside = float(np.linalg.norm(offset))
+    gap = float(world.gripper_position_w[2]) - TIP_LENGTH - surface
+    if gap < 0.5 * HOVER and aside < SLIPPED:
+        to_go = np.array([*next_point(world, name, region), 0.0]) - body.origin_w * [1.0, 1.0, 0.0]
+        go = (1.0 - ramp(gap, 0.002, 0.006)) * min(LEAD, float(np.linalg.norm(to_go)) + 0.01)
+        step = go * horizontal(to_go) + np.array([0.0, 0.0, -PRESS - gap])
+        return servo(world, world.gripper_position_w + step, HOME_ROTATION, CLOSE)
+    down = 1.0 - ramp(aside, 0.008, 0.02)
+    above = np.array([*body.origin_w[:2], surface + TIP_LENGTH + (1.0 - down) * HOVER - down * PRESS])
+    if aside < SLIPPED:
+        return servo(world, above, HOME_ROTATION, CLOSE)
+    return travel(world, above, HOME_ROTATION, CLOSE, solids(world, without=(name,)))
+
+
+def surface_height(body: Body) -> float:
+    """Height of the body's upper surface at its origin, m."""
+    return float(vertical_spans(body.parts, body.origin_w[None, :2])[1].max(initial=body.parts.bottom))
 
 
 def next_point(world: World, name: str, region: Region) -> np.ndarray:
-    """Where to push body `name` next, [2] m: the end of the first leg of the shortest free way into the region.
+    """Where to drag body `name` next, [2] m: the end of the first leg of the shortest free way into the region.
 
     Ways turn at corners of the rectangles around what stands on the table, widened by the body's size. If no way is free,
     straight to the nearest point of the region.
@@ -70,7 +62,8 @@ def next_point(world: World, name: str, region: Region) -> np.ndarray:
     low, high = shrunk(low[inside], high[inside], start, low[~inside], high[~inside])
     steps = np.stack(np.meshgrid(*[np.linspace(-0.9, 0.9, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
     ends = middle + steps * (np.abs(region.rotation_w[:2, :2]) @ region.half_extents[:2])
-    corners = np.array([[x, y] for (x0, y0), (x1, y1) in zip(low, high) for x in (x0, x1) for y in (y0, y1)]).reshape(-1, 2)
+    wide = zip(low - OUTSIDE, high + OUTSIDE)
+    corners = np.array([[x, y] for (x0, y0), (x1, y1) in wide for x in (x0, x1) for y in (y0, y1)]).reshape(-1, 2)
     nodes = np.concatenate([start[None], ends, corners])
     legs = np.linalg.norm(nodes[:, None] - nodes[None], axis=2) + TURN
     legs = np.where(is_free(nodes, nodes, low, high), legs, np.inf)
