@@ -2,11 +2,11 @@
 
     admitted -> queue -> (expired ones leave) -> batch -> worker process -> chunks
 
-Batches form by themselves while the worker computes. When it is idle, a batch waits until as many observations are
-there as the last batch had, but no longer than max_wait_ms, nor than half of what a batch takes to compute: one robot alone
-never waits, eight robots in step become one batch of eight instead of one and seven in turn. A chunk depends on its own
-observation, known actions and seed; batch mates change it by no more than torch's rounding between batch sizes (2e-7 in an
-action at the desk preset).
+Batches form by themselves while the worker computes. Once it is free, a batch waits until as many observations are there as
+robots were being served when the last batch ended (in it or waiting), but no longer than max_wait_ms, nor than half of what
+a batch takes to compute: one robot alone never waits, eight robots become batches of eight instead of one and seven in
+turn. A chunk depends on its own observation, known actions and seed; batch mates change it by no more than torch's rounding
+between batch sizes (2e-7 in an action at the desk preset).
 """
 
 import asyncio
@@ -90,7 +90,8 @@ class PolicyBatcher:
         self._keeper = WorkerKeeper("policy", self._start_worker, metrics, took=self._took, died=self._died)
         self._description: Description | None = None
         self._running: asyncio.Task[None] | None = None
-        self._last_size = 1
+        self._demand = 1  # robots being served when the last batch ended
+        self._free_since = 0.0  # when the worker ended it
         self._batch_seconds = 0.0  # moving average; 0: not measured yet
         self._computing: WorkerProcess | None = None
         self._closing = False
@@ -198,12 +199,13 @@ class PolicyBatcher:
                 await self._compute(batch)
 
     async def _gather(self) -> None:
-        """Wait for the first observation, then a little for as many as last time."""
+        """Wait for the first observation, then a little for the other robots that are being served."""
         while not self._queue or self._keeper.worker is None:
             self._arrival.clear()
             await self._arrival.wait()
-        until = self._queue[0].arrived + min(self.config.max_wait_ms / 1000, self._batch_seconds / 2)
-        while len(self._queue) < min(self._last_size, self.config.max_batch):
+        since = max(self._queue[0].arrived, self._free_since)
+        until = since + min(self.config.max_wait_ms / 1000, self._batch_seconds / 2)
+        while len(self._queue) < min(self._demand, self.config.max_batch):
             left = until - time.monotonic()
             if left <= 0:
                 return
@@ -250,7 +252,7 @@ class PolicyBatcher:
         if "error" in reply:
             _settle(batch, Refusal(Code.INTERNAL, f"The policy failed ({reply['error']}); the server's log says where."))
             return
-        self._last_size = len(batch)
+        self._demand, self._free_since = len(batch) + len(self._queue), time.monotonic()
         weight = 0.1 if self._batch_seconds else 1.0
         self._batch_seconds += weight * (reply["seconds"] - self._batch_seconds)
         self._count(batch, reply)

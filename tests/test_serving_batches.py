@@ -86,6 +86,23 @@ def test_one_robot_alone_never_waits_and_eight_in_step_share_a_batch():
     with_batcher(odd(delay_s=0.1), BatchConfig(max_batch=8, max_wait_ms=400.0), scenario)
 
 
+def test_a_robot_out_of_step_is_waited_for():
+    """It would otherwise go alone for ever: its observation is the oldest whenever the others' batch ends."""
+
+    async def scenario(batcher: PolicyBatcher, metrics: Metrics) -> None:
+        async def robot(steps: int) -> None:
+            for _ in range(steps):
+                await batcher.act([ask()])
+
+        early = asyncio.ensure_future(robot(7))
+        await asyncio.sleep(0.05)
+        await asyncio.gather(early, *(robot(6) for _ in range(7)))
+        batches, observations = batch_counts(metrics)
+        assert observations == 49 and batches <= 9, "the first alone, then together"
+
+    with_batcher(odd(delay_s=0.1), BatchConfig(max_batch=8, max_wait_ms=20.0), scenario)
+
+
 def test_a_late_observation_is_dropped_before_compute_and_answered_in_time():
     async def scenario(batcher: PolicyBatcher, metrics: Metrics) -> None:
         slow = asyncio.ensure_future(batcher.act([ask()]))
