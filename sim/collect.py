@@ -52,6 +52,7 @@ class CollectConfig:
     workers: int = 2  # simulator processes
     noise: float = 0.0  # standard deviation added to executed motion, action units
     image_size: int | None = None  # pixels, default: the suite's
+    mesh_detail: float = 1.0  # share of the meshes' triangles drawn; 0.15 collects up to 3 times faster without a GPU
     max_steps: int | None = None  # default: the suite's openpi limit
     cache_only: bool = False  # build the frame cache without a LeRobotDataset
 
@@ -80,6 +81,7 @@ class CollectConfig:
             "split": SPLIT,
             "noise": self.noise,
             "image_size": self.image_size or get_suite(self.suite).image_size,
+            "mesh_detail": self.mesh_detail,
             "max_steps": self.step_limit,
         }
 
@@ -141,7 +143,7 @@ def work(
     """A simulator process: records the starts it is given and stages the successes. Imports no torch of ours."""
 
     def begin() -> tuple[dict[str, Any], Callable[[Job], dict[str, Any]]]:
-        environment = build(config.suite, image_size=config.image_size)
+        environment = build(config.suite, image_size=config.image_size, mesh_detail=config.mesh_detail)
         return environment.spec.to_dict(), functools.partial(attempt, config, environment, expert)
 
     serve_jobs(connection, begin)

@@ -175,13 +175,14 @@ class LiberoEnvironment:
 
     images_are_mirrored = True
 
-    def __init__(self, suite: Suite, image_size: int, protocol: Protocol):
+    def __init__(self, suite: Suite, image_size: int, protocol: Protocol, mesh_detail: float = 1.0):
         import_libero()
         self.assets = describe_assets()
         self.spec = robot_spec(suite, image_size)
         self.num_tasks = suite.num_tasks
         self._suite = suite
         self._protocol = protocol
+        self._mesh_detail = mesh_detail
         self._names = task_names(suite.name)
         self._task: int | None = None
 
@@ -221,6 +222,7 @@ class LiberoEnvironment:
             {name: thing.root_body for name, thing in objects.items()},
             {name: RegionSource(site.parent_name, next(iter(site.joints or ()), None)) for name, site in sites.items()},
             {name: joint_targets(fixture) for name, fixture in environment.fixtures_dict.items()},
+            self._mesh_detail,
         )
         self._fixture_poses = fixture_poses(environment)
         self._states = initial_states(self._suite.name, name)

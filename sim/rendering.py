@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from sim.camera_view import DRAWN_GROUP, CameraView
+from sim.light_meshes import lighten
 
 EGL_PLATFORM_DEVICE_EXT = 0x313F  # EGL_EXT_platform_device
 HIDDEN_GROUP = 0  # collision geoms are in it
@@ -103,9 +104,14 @@ class Renderer:
     The frames equal robosuite's and LIBERO's pixel for pixel. A software renderer spends its time on vertices (41 ns
     each, 727 k of them in libero_object; the picture's size hardly matters), so geoms that the camera cannot see are
     left out; and the off-screen buffer is only as large as the largest frame asked for.
+
+    mesh_detail: share of the meshes' triangles that are drawn, in (0, 1]; below 1 frames are only nearly equal (sim.light_meshes).
     """
 
-    def __init__(self, model: Any, data: Any):
+    def __init__(self, model: Any, data: Any, mesh_detail: float = 1.0):
+        if not 0 < mesh_detail <= 1:
+            raise ValueError(f"mesh_detail is {mesh_detail}; allowed: above 0, up to 1 (meshes as they are).")
+        self._mesh_detail = mesh_detail
         self._model = model
         self._data = data
         self._context = None
@@ -128,6 +134,8 @@ class Renderer:
         self._perturbation = mujoco.MjvPerturb()
         self._context = mujoco.MjrContext(self._model, mujoco.mjtFontScale.mjFONTSCALE_50)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
+        if self._mesh_detail < 1:
+            lighten(self._model, self._context, self._mesh_detail)
         atexit.register(self.close)  # runs before mujoco ends EGL, which would make freeing fail
 
     def frame(self, camera: str, size: int) -> np.ndarray:

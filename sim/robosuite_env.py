@@ -119,6 +119,7 @@ class Arm:
         body_names: Mapping[str, str],
         regions: Mapping[str, RegionSource] | None = None,
         joint_targets: Mapping[str, JointTargets] | None = None,
+        mesh_detail: float = 1.0,
     ):
         """body_names: name in the World -> MuJoCo body; regions: MuJoCo site -> whose it is.
 
@@ -131,7 +132,7 @@ class Arm:
         self._control = OperationalSpaceControl(environment)
         self._num_substeps = int(environment.control_timestep / environment.model_timestep)
         self._observed = Snapshot(self.model)
-        self._renderer = Renderer(self.model, self._observed.data)
+        self._renderer = Renderer(self.model, self._observed.data, mesh_detail)
         robot = environment.robots[0]
         self._site, self._hand = robot.eef_site_id, self.model.body(robot.robot_model.eef_name).id
         self._shoulder = self.model.joint(robot.robot_joints[1]).id  # lifts the upper arm
@@ -300,7 +301,7 @@ class RobosuiteEnvironment:
     num_tasks = 1
     images_are_mirrored = False
 
-    def __init__(self, suite: Suite, image_size: int):
+    def __init__(self, suite: Suite, image_size: int, mesh_detail: float = 1.0):
         robosuite = import_robosuite()
         self.assets = f"robosuite {robosuite.__version__}"
         self.spec = robot_spec(suite, image_size)
@@ -308,7 +309,7 @@ class RobosuiteEnvironment:
         with seeded_numpy(MODEL_SEED):
             environment = robosuite.make(ROBOSUITE_NAMES[suite.name], robots="Panda", **make_options())
             environment.reset()
-        self._arm = Arm(environment, BODY_NAMES[suite.name])
+        self._arm = Arm(environment, BODY_NAMES[suite.name], mesh_detail=mesh_detail)
 
     @property
     def arm(self) -> Arm:

@@ -100,14 +100,19 @@ def robot_spec(suite: Suite, image_size: int) -> RobotSpec:
     )
 
 
-def build_environment(suite_name: str, *, image_size: int | None = None, protocol: str = "openpi") -> Environment:
-    """The suite's environment; imports its simulator now. Raises ValueError on an unknown suite or protocol."""
+def build_environment(
+    suite_name: str, *, image_size: int | None = None, protocol: str = "openpi", mesh_detail: float = 1.0
+) -> Environment:
+    """The suite's environment; imports its simulator now. Raises ValueError on an unknown suite or protocol.
+
+    mesh_detail: share of the meshes' triangles that are drawn, in (0, 1]; below 1 frames are only nearly the simulator's.
+    """
     suite, rules = get_suite(suite_name), get_protocol(protocol)
     size = suite.image_size if image_size is None else image_size
     if suite.backend == "robosuite":
         from sim.robosuite_env import RobosuiteEnvironment
 
-        return RobosuiteEnvironment(suite, size)
+        return RobosuiteEnvironment(suite, size, mesh_detail)
     from sim.libero import LiberoEnvironment
 
-    return LiberoEnvironment(suite, size, rules)
+    return LiberoEnvironment(suite, size, rules, mesh_detail)

@@ -76,11 +76,15 @@ class PointWorld:
         return picture
 
 
-def build_point_world(suite: str, *, image_size: int | None = None, protocol: str = "openpi") -> PointWorld:
+def build_point_world(
+    suite: str, *, image_size: int | None = None, protocol: str = "openpi", mesh_detail: float = 1.0
+) -> PointWorld:
     return PointWorld(image_size or SPEC.image_size)
 
 
-def build_broken_world(suite: str, *, image_size: int | None = None, protocol: str = "openpi") -> PointWorld:
+def build_broken_world(
+    suite: str, *, image_size: int | None = None, protocol: str = "openpi", mesh_detail: float = 1.0
+) -> PointWorld:
     raise FileNotFoundError("no meshes anywhere")
 
 

@@ -1,5 +1,6 @@
 """Hostile HTTP for a server: requests made from its OpenAPI document, and inference requests with odd values."""
 
+import copy
 import json
 import random
 from collections import Counter
@@ -115,7 +116,7 @@ def _replace_somewhere(node: Any, generator: random.Random) -> None:
         case 1 if isinstance(node, list):
             node.insert(key, node[key])
         case _:
-            node[key] = generator.choice(ODD_VALUES)
+            node[key] = copy.deepcopy(generator.choice(ODD_VALUES))  # the next replacement may go into it
 
 
 ODD_NUMBERS = (True, 0, -1, 1, 255, 256, 2**31, 2**63, 2**64, -(2**70), 1e39, 1e400, float("nan"))
