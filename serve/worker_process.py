@@ -94,8 +94,10 @@ class WorkerProcess:
             await self.post(message | {"id": number})
             return await asyncio.wait_for(future, timeout_s)
         except TimeoutError:
+            reason = f"The worker process computed for more than {timeout_s:.0f} s and was killed."
+            self._fail(reason)  # before its end is seen as any other
             self._process.kill()
-            raise WorkerDied(f"The worker process computed for more than {timeout_s:.0f} s and was killed.") from None
+            raise WorkerDied(reason) from None
         finally:
             self._waiting.pop(number, None)
 
