@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from multimodal.attention import causal_mask, prefix_mask
+from multimodal.attention import prefix_mask
 from multimodal.data import IGNORED, SceneTexts, TextRows
 from multimodal.decoder import arange_positions
 from multimodal.images import ImageConfig, prepare_images
+from multimodal.packed_texts import PackedTexts
 from multimodal.vlm import VLM
 
 LN2 = 0.6931471805599453
@@ -31,10 +32,11 @@ def text_hidden(model: VLM, images: Tensor, ids: Tensor, segment: Tensor, positi
     rows, prefix = embeddings.shape[:2]
     cache = model.decoder.new_cache()
     model.decoder.fill(embeddings, None, arange_positions(rows, 0, prefix, embeddings.device), cache)
-    length = ids.shape[1]
-    own_past = (segment[:, :, None] == segment[:, None, :]) & causal_mask(length, length, ids.device)
-    mask = torch.cat([own_past.new_ones(rows, length, prefix), own_past], dim=2)[:, None]
-    return model.decoder(model.embed_text(ids), mask, prefix + position, cache)
+    texts = PackedTexts(segment, prefix)
+    told, places = ids.flatten()[texts.places][None], prefix + position.flatten()[texts.places][None]
+    hidden = model.decoder(model.embed_text(told), texts, places, cache.joined())
+    spread = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, texts.places, hidden[0])
+    return spread.view(*ids.shape, -1)
 
 
 def text_hidden_reference(model: VLM, images: Tensor, ids: Tensor) -> Tensor:
@@ -103,10 +105,14 @@ def tally_answers(
 
 
 def score(model: VLM, batch: TextRows, images: ImageConfig) -> tuple[Tensor, Tensor]:
-    """Per position, on the CPU: nats [R, T] of the target and whether it is the likeliest id [R, T]; 0, False elsewhere."""
+    """Per position, on the CPU: nats [R, T] of the target and whether it is the likeliest id [R, T]; 0, False elsewhere.
+
+    Hidden states are computed in the caller's precision (autocast or not), logits always in float32.
+    """
     hidden = text_hidden(model, prepare_images(batch.images, images), batch.ids, batch.segment, batch.position)
     told = batch.targets != IGNORED
-    logits = hidden[told].float() @ model.text_embedding.weight.float().T  # [n, V]
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden[told].float() @ model.text_embedding.weight.float().T  # [n, V]
     targets = batch.targets[told]
     nats = torch.zeros(batch.targets.shape, device=logits.device)
     nats[told] = torch.logsumexp(logits, dim=1) - logits.gather(1, targets[:, None])[:, 0]

@@ -1,6 +1,7 @@
 """Who sees whom: masks as pure functions, the key/value cache, and grouped-query attention over both."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +10,15 @@ from torch.nn import functional as F
 from multimodal.config import DecoderConfig
 from multimodal.layers import Rotary, build_norm, rotate
 
+
+class SparseMask(Protocol):
+    """A mask whose product is computed without the pairs that it hides (multimodal/packed_texts.py)."""
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor: ...
+
+
 # Masks are boolean [..., queries, keys], True = may look. None = everything may look at everything.
+Mask = Tensor | SparseMask | None
 
 
 def causal_mask(num_queries: int, num_keys: int, device: torch.device | None = None) -> Tensor:
@@ -58,10 +67,15 @@ def key_padding_mask(is_real: Tensor) -> Tensor:
     return is_real[:, None, None, :]
 
 
-def within_window(mask: Tensor | None, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """`mask`, and each of the last `num_queries` of `num_keys` places sees only its `window` latest, itself included."""
+def within_window(mask: Mask, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Mask:
+    """`mask`, and each of the last `num_queries` of `num_keys` places sees only its `window` latest, itself included.
+
+    Raises ValueError for a sparse mask, whose places are not those of one sequence.
+    """
     if window is None or num_keys <= window:
         return mask
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError("A decoder with a sliding window takes no sparse mask; set DecoderConfig.sliding_window to None.")
     query = torch.arange(num_keys - num_queries, num_keys, device=device)
     near = query[:, None] - torch.arange(num_keys, device=device)[None] < window
     return near if mask is None else mask & near
@@ -114,6 +128,13 @@ class KVCache:
         copy.values = [values.index_select(0, rows) for values in self.values]
         return copy
 
+    def joined(self) -> "KVCache":
+        """A cache of one row that holds this one's rows side by side; shares the graph of this one."""
+        copy = KVCache(len(self.keys))
+        copy.keys = [keys.transpose(0, 1).flatten(1, 2)[None] for keys in self.keys]
+        copy.values = [values.transpose(0, 1).flatten(1, 2)[None] for values in self.values]
+        return copy
+
     def view(self) -> "KVCache":
         """Another cache on the same tensors: what is appended to it leaves this one as it is."""
         copy = KVCache(len(self.keys))
@@ -125,12 +146,14 @@ class KVCache:
         self.values = [None if tensor is None else keep(tensor) for tensor in self.values]
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Mask) -> Tensor:
     """Grouped-query attention: query [B, heads, Q, d], keys and values [B, kv_heads, K, d] -> [B, heads, Q, d].
 
     torch's scaled_dot_product_attention, except for bfloat16 on the CPU: its backward there takes three times as long as
     these two products (torch 2.10, 64 x 3 heads x 56 queries x 171 keys, one thread: 80 ms against 24 ms).
     """
+    if mask is not None and not isinstance(mask, Tensor):
+        return mask.attend(query, keys, values)
     groups = query.shape[1] // keys.shape[1]
     if query.device.type == "cpu" and query.dtype == torch.bfloat16:
         if groups > 1:
@@ -169,9 +192,9 @@ class Attention(nn.Module):
         return (keys, values) if cache is None else cache.append(self.layer, keys, values)
 
     def forward(
-        self, x: Tensor, mask: Tensor | None, angles: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
+        self, x: Tensor, mask: Mask, angles: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """x [B, T, width]; mask broadcasts to [B, heads, T, cached + T]. Returns [B, T, width]."""
+        """x [B, T, width]; mask broadcasts to [B, heads, T, cached + T], or is sparse. Returns [B, T, width]."""
         keys, values = self.keys_values(x, angles, cache)
         query = self.query_norm(self._heads(self.query(x), self.num_heads))
         if angles is not None:

@@ -69,6 +69,11 @@ class SceneTexts:
             self._is_decoded[scene] = True
         return self._images[scene]
 
+    def encoded(self, scene: int, text: int) -> tuple[np.ndarray, np.ndarray]:
+        """A text as int64 [n] ids and bool [n] whether each is part of an answer; see multimodal/dialogue.py."""
+        found = self._encoded[scene][text]
+        return found.ids, found.is_answer
+
     def rows(self, chosen: Sequence[tuple[int, Sequence[int]]], *, length_power: float = 0.0) -> TextRows:
         """Rows of (scene, its texts' indices).
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from multimodal.attention import Attention, KVCache
+from multimodal.attention import Attention, KVCache, Mask
 from multimodal.config import DecoderConfig
 from multimodal.layers import MLP, Rotary, build_norm
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.mlp_norm = build_norm(config, config.hidden_size)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, mask: Tensor | None, angles, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask, angles, cache: KVCache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), mask, angles, cache)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -57,13 +57,13 @@ class Decoder(nn.Module):
         return x, None if self.rotary is None else self.rotary.angles(positions)
 
     def forward(
-        self, embeddings: Tensor, mask: Tensor | None, positions: Tensor, cache: KVCache | None = None
+        self, embeddings: Tensor, mask: Mask, positions: Tensor, cache: KVCache | None = None
     ) -> Tensor:
         """Hidden states after the final norm.
 
         embeddings: [B, T, hidden_size]. mask: boolean, broadcasts to [B, heads, T, cached + T], True = may look; None =
-        all. positions: int64 [B, T] ([A, B, T] for mrotary). cache: keys and values of earlier positions; the new ones
-        are appended to it. Returns [B, T, hidden_size].
+        all; or sparse. positions: int64 [B, T] ([A, B, T] for mrotary). cache: keys and values of earlier positions; the
+        new ones are appended to it. Returns [B, T, hidden_size].
         """
         x, angles = self._enter(embeddings, positions)
         for block in self.blocks:

@@ -25,7 +25,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = widened(x)
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (wide * (self.offset + widened(self.weight))).to(x.dtype)
+        weight = widened(self.weight)
+        return (wide * (self.offset + weight if self.offset else weight)).to(x.dtype)
 
 
 def build_norm(config: DecoderConfig, size: int) -> nn.Module:

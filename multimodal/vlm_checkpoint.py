@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
 from torch import Tensor
 
-from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
+from multimodal.checkpoint import CONFIG, checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
 from multimodal.config import VLMConfig
 from multimodal.images import ImageConfig
 from multimodal.tokenizer import TextTokenizer
@@ -72,6 +73,12 @@ class LoadedVLM:
     model: VLM  # in eval mode
     assets: VLMAssets
     content_hash: str  # of the folder
+
+
+def is_vlm(path: Path | str) -> bool:
+    """Whether a folder holds a vision-language model (rather than a policy, a draft or nothing)."""
+    config = Path(path).expanduser() / CONFIG
+    return config.is_file() and yaml.safe_load(config.read_text()).get("format") == FORMAT
 
 
 def load_vlm(path: str | Path, *, device: str = "cpu") -> LoadedVLM:

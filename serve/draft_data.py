@@ -31,15 +31,16 @@ class CorpusDialogues:
         return len(self._places)
 
     def __getitem__(self, number: int) -> Dialogue:
-        from multimodal.dialogue import encode_dialogue
+        return replace(self._text(number), images=tuple(self._scenes.image(self._places[number][0]).numpy()))
 
-        scene, text = self._places[number]
-        ids, is_answer = encode_dialogue(self._tokenizer, self._scenes.texts[scene][text].turns)
-        dialogue = Dialogue(tuple(self._scenes.image(scene).numpy()), tuple(ids), tuple(is_answer))
+    def _text(self, number: int) -> Dialogue:
+        """A dialogue without its images: what can be looked through without decoding them."""
+        ids, is_answer = self._scenes.encoded(*self._places[number])
+        written = Dialogue((), tuple(ids.tolist()), tuple(is_answer.tolist()))
         if number not in self._answers:
-            return dialogue
-        asked, told = prompt_of(dialogue), self._answers[number]
-        return replace(dialogue, ids=asked + told, is_answer=(False,) * len(asked) + (True,) * len(told))
+            return written
+        asked, told = prompt_of(written), self._answers[number]
+        return replace(written, ids=asked + told, is_answer=(False,) * len(asked) + (True,) * len(told))
 
     def batch(self, index: int, size: int, seed: int) -> list[Dialogue]:
         """Training batch number `index` of the endless stream under `seed`: every epoch each dialogue once, in a new order."""
@@ -53,7 +54,7 @@ class CorpusDialogues:
         """First questions of `count` dialogues whose first answer has at least `least_tokens` ids, evenly spaced over the
         corpus.
         """
-        long = [number for number in range(len(self)) if len(first_answer(self[number])) >= least_tokens]
+        long = [number for number in range(len(self)) if len(first_answer(self._text(number))) >= least_tokens]
         if not long:
             raise ValueError(f"No first answer of {self._scenes.root} has {least_tokens} tokens; lower the bound.")
         chosen = [long[int(place)] for place in np.linspace(0, len(long) - 1, min(count, len(long)))]
@@ -63,7 +64,7 @@ class CorpusDialogues:
         """The `count` ids that answers hold most often, the lowest first among equals; then the lowest others."""
         counts: Counter[int] = Counter()
         for number in range(len(self)):
-            dialogue = self[number]
+            dialogue = self._text(number)
             counts.update(token for token, told in zip(dialogue.ids, dialogue.is_answer, strict=True) if told)
         ranked = sorted(range(self._tokenizer.vocab_size), key=lambda token: (-counts[token], token))
         return sorted(ranked[:count])

@@ -1,11 +1,13 @@
-"""Drafters that only tests and benchmarks need: the target itself, a malicious one, and one that changes its mind."""
+"""Drafters that only tests and benchmarks need: the target itself, a malicious one, and two that change their minds."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import torch
 
 from serve.drafters import Drafter, DraftLimits, Stateless
+from serve.eagle_drafter import EagleDrafter
 from serve.generation import Generation
 from serve.image_cache import ImageCache
 from serve.target import Target
@@ -69,3 +71,14 @@ class Fickle:
     def end(self, generation: Generation) -> None:
         for drafter in self.drafters:
             drafter.end(generation)
+
+
+class SwappedCompressor(EagleDrafter):
+    """Every round another branch of its compressor, or another random gate."""
+
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
+        compressor, random = self.model.compressor, np.random.default_rng([g.num_tokens for g in generations])
+        self.branch = [None, *compressor.branches][random.integers(len(compressor.branches) + 1)]
+        for weight in compressor.gate.parameters():
+            weight.data = torch.as_tensor(random.normal(size=weight.shape)).to(weight)
+        return super().propose(generations, limits)

@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from multimodal.checkpoint import load_checkpoint
+from multimodal.config import get_preset
 from multimodal.images import ImageConfig
+from multimodal.tokenizer import train_tokenizer
 from multimodal.training import TrainingConfig
+from multimodal.vlm import VLM
+from multimodal.vlm_checkpoint import VLMAssets
 from tests.reaching import SPEC, write_cache
 from vla.cli import main as cli
 from vla.frame_cache import FrameCache
@@ -117,6 +121,24 @@ def test_a_run_begins_with_the_weights_and_scales_of_the_policy_it_is_given(trai
         np.testing.assert_allclose(chunk.actions, expected.actions, atol=1e-3)  # running means of the tower move
     with pytest.raises(ValueError, match="different weights"):
         train_policy(replace(config, head=HeadConfig(type="l1"), output_dir=tmp_path / "other"))
+
+
+def test_a_run_begins_on_a_vision_language_model(cache, tmp_path):
+    """Its weights, words and shapes become the policy's backbone, and are still there, module by module, after training."""
+    vlm_folder, images = tmp_path / "vlm", ImageConfig(crop=32)
+    words = train_tokenizer(["Go to the bright side", "what stands left of the lamp?"])
+    preset = get_preset("debug")
+    assets = VLMAssets(replace(preset, vocab_size=words.vocab_size), words, images, SPEC.cameras, SPEC.image_size)
+    torch.manual_seed(5)
+    vlm = VLM(assets.config)
+    assets.save(vlm_folder, vlm.state_dict())
+    config = replace(settings(cache, tmp_path / "run", steps=1, learning_rate=1e-12, ema_decay=0.0), start_from=vlm_folder)
+    begun = load_policy(train_policy(config))
+    for name, weight in vlm.named_parameters():
+        torch.testing.assert_close(begun.model.vlm.get_parameter(name), weight, atol=1e-6, rtol=0)
+    assert begun.assets.text_tokenizer.to_json() == words.to_json() and begun.assets.provenance["start_from"] == str(vlm_folder)
+    with pytest.raises(ValueError, match="--images.size=32"):
+        train_policy(replace(config, images=ImageConfig(crop=30), output_dir=tmp_path / "other"))
 
 
 def test_a_missing_data_set_is_one_line_that_names_the_command(tmp_path, capsys):

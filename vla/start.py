@@ -1,4 +1,7 @@
-"""The first step of a policy on a published backbone: its prompt, images and sizes, its weights, and what of them trains."""
+"""The first step of a policy on a backbone: a published one, or a vision-language model trained here (`vla train-vlm`).
+
+What of it becomes the policy's: prompt, images and sizes, weights, and which of them train.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,6 +15,7 @@ from multimodal.images import ImageConfig
 from multimodal.pretrained.load import Published, fingerprint, load_published
 from multimodal.pretrained.prismatic import PRISMATIC, action_ids
 from multimodal.vlm import VLM
+from multimodal.vlm_checkpoint import load_vlm
 from vla.action_tokenizer import ActionTokenizer
 from vla.backbone import DTYPES, BackboneConfig, Base, adapt, policy_vlm_config, scale_new_parts, trained_part
 from vla.lora import inject
@@ -63,6 +67,33 @@ def begin_on_published(config: BackboneConfig, fresh: PolicyAssets, instructions
         return Start(assets, model, assets.save)
     own = trained_part(model)
     return Start(assets, model, lambda folder, state: assets.save(folder, own(state)))
+
+
+def begin_on_vlm(path: Path, fresh: PolicyAssets, instructions: Sequence[str], text_slack: int) -> Start:
+    """A policy for fresh's robot and data whose backbone is the model of `vla train-vlm` at `path`: its weights, shapes and
+    words; everything trains.
+
+    Raises ValueError if the model sees other cameras or another size than the run prepares.
+    """
+    loaded = load_vlm(path)
+    found = loaded.assets
+    if found.cameras != fresh.spec.cameras:
+        cameras = fresh.spec.cameras
+        raise ValueError(f"--start_from sees the cameras {found.cameras}, the data set has {cameras}; collect those.")
+    if found.images.output_size != fresh.images.output_size:
+        raise ValueError(
+            f"--start_from sees {found.images.output_size} pixels, this run prepares {fresh.images.output_size}; set "
+            f"--images.size={found.images.output_size}."
+        )
+    model_config = replace(
+        fresh.model,
+        vlm=loaded.model.config,
+        text_length=max(len(found.tokenizer.encode(text)) for text in instructions) + text_slack,
+    )
+    provenance = fresh.provenance | {"start_from": str(path), "vlm": loaded.content_hash}
+    images = replace(fresh.images, mean=found.images.mean, std=found.images.std)  # the tower's range, whatever the crops
+    assets = replace(fresh, model=model_config, text_tokenizer=found.tokenizer, images=images, provenance=provenance)
+    return Start(assets, VLA(model_config, loaded.model), assets.save)
 
 
 def freeze(vlm: VLM, config: BackboneConfig) -> None:

@@ -17,6 +17,7 @@ from multimodal.tokenizer import train_tokenizer
 from multimodal.schedule import progress
 from multimodal.training import LossTerms, TrainingConfig, train
 from multimodal.training_state import last_checkpoint, read_position
+from multimodal.vlm_checkpoint import is_vlm
 from vla.action_head import ActionBatch, HeadConfig
 from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
 from vla.backbone import BackboneConfig
@@ -29,7 +30,7 @@ from vla.interface import Observation, RobotSpec
 from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
 from vla.policy import PolicyAssets, TorchPolicy, load_model, load_policy
-from vla.start import Start, begin_on_published
+from vla.start import Start, begin_on_published, begin_on_vlm
 from vla.transforms import clean_instruction
 from vla.unmasking import DecodeConfig
 
@@ -74,7 +75,8 @@ class TrainConfig:
     decode: DecodeConfig = field(default_factory=DecodeConfig)  # how the trained policy decodes by default
     images: ImageConfig = field(default_factory=ImageConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=20_000))
-    start_from: Path | None = None  # policy folder whose weights, shapes, tokenizers and statistics this run begins with
+    start_from: Path | None = None  # policy folder whose weights, shapes, tokenizers and statistics this run begins with, or a
+    # folder of `vla train-vlm`, whose weights, shapes and words become the policy's backbone
     output_dir: Path | None = None  # default: REMASK_HOME/runs/policy
     resume: bool = False  # continue from the last checkpoint in output_dir
 
@@ -131,7 +133,7 @@ def instructions_of(mixture: WindowMixture) -> list[str]:
 
 
 def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
-    """The policy of the settings before its first step: from scratch, on a published backbone, or as `start_from` left it.
+    """The policy of the settings before its first step: from scratch, on a published backbone, or on what `start_from` holds.
 
     Raises ValueError if both a backbone and `start_from` are given, and what the two ways raise.
     """
@@ -139,6 +141,8 @@ def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
         raise ValueError("Both --start_from and --policy.backbone.path are given; a run begins with one. Drop the other.")
     fresh = build_assets(config, mixture)
     torch.manual_seed(config.training.seed)
+    if config.start_from is not None and is_vlm(config.start_from):
+        return begin_on_vlm(config.start_from.expanduser(), fresh, instructions_of(mixture), config.model.text_slack)
     if config.start_from is not None:
         return begin_from(config, fresh, instructions_of(mixture))
     if config.policy.backbone.path is not None:

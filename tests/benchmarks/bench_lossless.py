@@ -1,15 +1,20 @@
-"""Lossless, the heart: >= 1000 prompts with images x drafters x trees x batch sizes x cancel-and-resume, token for token.
+"""Lossless, the heart: 1000 prompts with images x drafters x trees x batch sizes x cancel-and-resume, token for token.
 
 In float64 on a small random model every answer must equal the naive decoder's, greedy and sampled alike. In float32 and
 bfloat16 a pass over several rows rounds otherwise than a pass over one, so the first difference to plain decoding must lie
-where the two best tokens were closer than a stated bound; such flips are counted. Cells that were done are kept in OUTPUT.jsonl
-and skipped: the run can be resumed.
+where the two best tokens were closer than a stated bound; such flips are counted.
+
+Every prompt meets every drafter in float64, each time in another of the 12 settings (3 trees x 2 batch sizes x run straight
+or cancelled and resumed), at random; so a setting of a drafter, a cell, sees a twelfth of the prompts, greedy and sampled, with
+none to two images. In each rounded type every prompt is decoded plainly and by a third of the drafters. The naive answers are
+computed once. Cells that were done are kept in OUTPUT-PROMPTS.jsonl and skipped: the run can be resumed.
 """
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +31,7 @@ from serve.generation import Generation
 from serve.request import Finished, Request
 from serve.target import Target, cast
 from tests.benchmarks.harness import parser, report
-from tests.drafting import AdversarialDrafter
+from tests.drafting import AdversarialDrafter, SwappedCompressor
 from tests.tiny_vlm import VOCAB, naive, pixels, request, target
 
 TREES = {
@@ -34,28 +39,42 @@ TREES = {
     "bush 12": DraftLimits(max_nodes=12, max_depth=4, width=3),
     "paper 59": DraftLimits(max_nodes=59, max_depth=8, width=10),
 }
-COLUMNS = ("type", "drafter", "tree", "batch", "tokens", "different", "flips", "margin", "a round")
-DRAFTERS = ("none", "ngram", "oracle", "random", "adversarial", "eagle")
-BATCHES = (1, 4)
+COLUMNS = ("type", "drafter", "tree", "batch", "run", "prompts", "tokens", "different", "flips", "margin", "a round")
+DRAFTERS = ("none", "ngram", "oracle", "random", "adversarial", "eagle", "eagle, swapped")
+SETTINGS = tuple(product(TREES, (1, 4), ("straight", "resumed")))
+SHARE = 3  # in a rounded type a drafter sees one prompt in so many
 CONTEXT = 64
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 2.0**-6}  # bfloat16: times the larger logit's size
+KINDS = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
-    arguments.add_argument("--prompts", type=int, default=1000, help="of each cell; 50 is a quick look")
+    arguments.add_argument("--prompts", type=int, default=1000, help="50 is a quick look")
     arguments.add_argument("--fresh", action="store_true", help="forget the cells that were done")
     options = arguments.parse_args(argv)
     torch.set_num_threads(options.threads)
     journal = Journal(options)
     requests = [request(index) for index in range(options.prompts)]
-    slow = journal.once("truth", "naive decoder, float64", lambda: {"answers": [naive(target(), asked) for asked in requests]})
-    rows = [*exact_cells(journal, requests, slow["answers"]), *rounded_cells(journal, requests)]
-    facts = {"answers_per_row": options.prompts, "bounds": {str(key): value for key, value in BOUNDS.items()}}
+    truth = [
+        answer
+        for start in range(0, len(requests), 100)
+        for answer in journal.once(
+            f"truth/{start}", "naive decoder, f64", lambda start=start: _naive_answers(requests[start : start + 100])
+        )["answers"]
+    ]
+    rows = [*exact_rows(journal, requests, truth), *rounded_rows(journal, requests)]
+    runs = {kind: sum(row[COLUMNS.index("prompts")] for row in rows if row[0] == kind) for kind in ("f64", *KINDS.values())}
+    facts = {"prompts": len(requests), "answers": runs, "bounds": {KINDS[key]: value for key, value in BOUNDS.items()}}
     report("lossless", COLUMNS, rows, options.output, **facts)
     wrong = sum(row[COLUMNS.index("different")] for row in rows)
+    print(f"{len(requests)} prompts, answers: {runs}")
     print("every answer equals plain decoding" if wrong == 0 else f"{wrong} ANSWERS DIFFER")
     return 0 if wrong == 0 else 1
+
+
+def _naive_answers(requests: Sequence[Request]) -> dict:
+    return {"answers": [naive(target(), asked) for asked in requests]}
 
 
 class Journal:
@@ -71,10 +90,10 @@ class Journal:
             self._path.unlink(missing_ok=True)
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         self._done = {row.pop("cell"): row for row in map(json.loads, lines)}
-        cells = 1 + len(DRAFTERS) * (len(BATCHES) * (len(TREES) + 1)) + 2 * len(DRAFTERS)
+        cells = -(-options.prompts // 100) + len(DRAFTERS) * len(SETTINGS) + len(BOUNDS) * (1 + len(DRAFTERS))
         self._bar = tqdm(total=cells, unit="cell", dynamic_ncols=True)
 
-    def once(self, cell: str, shown: str, work) -> dict:
+    def once(self, cell: str, shown: str, work: Callable[[], dict]) -> dict:
         """The record of a cell, from disk or from `work()`."""
         self._bar.set_description(shown)
         if cell not in self._done:
@@ -85,50 +104,75 @@ class Journal:
         return self._done[cell]
 
 
-def exact_cells(journal: Journal, requests: Sequence[Request], truth: Sequence[Sequence[int]]) -> Iterator[list]:
+@dataclass(frozen=True)
+class Cell:
+    """Some of the prompts under one drafter, tree and batch size."""
+
+    drafter: str
+    tree: str
+    batch: int
+    run: str  # straight | resumed
+    members: tuple[int, ...]  # numbers of its prompts
+
+    @property
+    def name(self) -> str:
+        return f"{self.drafter}/{self.tree}/{self.batch}/{self.run}"
+
+
+def exact_cells(num_prompts: int) -> Iterator[Cell]:
+    """All drafters under all settings; each prompt is once with every drafter."""
+    for number, drafter in enumerate(DRAFTERS):
+        order = np.random.default_rng(number).permutation(num_prompts)
+        for place, (tree, batch, run) in enumerate(SETTINGS):
+            yield Cell(drafter, tree, batch, run, tuple(int(index) for index in order[place :: len(SETTINGS)]))
+
+
+def exact_rows(journal: Journal, requests: Sequence[Request], truth: Sequence[Sequence[int]]) -> Iterator[list]:
     """Rows of the float64 table; the `different` column must be 0."""
-    for name in DRAFTERS:
-        for batch in BATCHES:
-            for tree, limits in TREES.items():
+    known = Answers(requests, truth)
+    for cell in exact_cells(len(requests)):
+        asked = [requests[index] for index in cell.members]
 
-                def straight(name=name, batch=batch, limits=limits) -> dict:
-                    engine = build(target(), name, limits, batch, truth)
-                    answers = [list(finished.token_ids) for finished in engine.run(requests)]
-                    different = sum(answer != right for answer, right in zip(answers, truth, strict=True))
-                    return {"tokens": sum(map(len, answers)), "different": different, "rate": engine.stats().tokens_per_round}
+        def work(cell=cell, asked=asked) -> dict:
+            engine = build(target(), cell.drafter, TREES[cell.tree], cell.batch, known)
+            if cell.run == "straight":
+                answers = [list(finished.token_ids) for finished in engine.run(asked)]
+            else:
+                answers = cancel_and_resume(engine, asked, seed=cell.batch)
+            different = sum(answer != truth[index] for answer, index in zip(answers, cell.members, strict=True))
+            return {"tokens": sum(map(len, answers)), "different": different, "rate": engine.stats().tokens_per_round}
 
-                done = journal.once(f"{name}/{tree}/{batch}", f"{name}, {tree}, batch {batch}", straight)
-                yield ["f64", name, tree, batch, done["tokens"], done["different"], 0, 0.0, done["rate"]]
-
-            def resumed(name=name, batch=batch) -> dict:
-                engine = build(target(), name, TREES["bush 12"], batch, truth)
-                answers = cancel_and_resume(engine, requests, seed=batch)
-                different = sum(answer != right for answer, right in zip(answers, truth, strict=True))
-                return {"tokens": sum(map(len, answers)), "different": different, "rate": engine.stats().tokens_per_round}
-
-            done = journal.once(f"{name}/resumed/{batch}", f"{name}, cancelled and resumed, batch {batch}", resumed)
-            yield ["f64", name, "bush 12, resumed", batch, done["tokens"], done["different"], 0, 0.0, done["rate"]]
+        done = journal.once(cell.name, f"f64, {cell.name}", work)
+        yield [
+            "f64", cell.drafter, cell.tree, cell.batch, cell.run, len(asked), done["tokens"], done["different"], 0, 0.0,
+            done["rate"],
+        ]  # fmt: skip
 
 
-def rounded_cells(journal: Journal, requests: Sequence[Request]) -> Iterator[list]:
+def rounded_rows(journal: Journal, requests: Sequence[Request]) -> Iterator[list]:
     """Rows for float32 and bfloat16: first differences to plain decoding, one request at a time, of the same engine and type.
     """
-    plain_sampling = [replace(asked, sampling=replace(asked.sampling, top_p=1.0)) for asked in requests]
+    asked_all = [replace(asked, sampling=replace(asked.sampling, top_p=1.0)) for asked in requests]
+    order = np.random.default_rng(99).permutation(len(requests))
     for dtype, bound in BOUNDS.items():
-        model = target(0, dtype)
-        plain: list[list[int]] = []
-        for name in DRAFTERS:
+        kind, model = KINDS[dtype], target(0, dtype)
 
-            def compare(name=name, model=model, bound=bound, plain=plain) -> dict:
-                if not plain:
-                    alone = build(model, "none", TREES["chain 4"], 1, [])
-                    plain += [list(each.token_ids) for each in alone.run(plain_sampling)]
-                engine = build(model, name, TREES["bush 12"], 4, plain)
-                answers = [list(finished.token_ids) for finished in engine.run(plain_sampling)]
+        def alone(model=model) -> dict:
+            engine = build(model, "none", TREES["chain 4"], 1, Answers([], []))
+            return {"answers": [list(finished.token_ids) for finished in engine.run(asked_all)]}
+
+        plain = journal.once(f"{kind}/plain", f"{kind}, plain decoding", alone)["answers"]
+        known = Answers(asked_all, plain)
+        for number, drafter in enumerate(DRAFTERS):
+            members = [int(index) for index in order[number % SHARE :: SHARE]]
+
+            def compare(drafter=drafter, members=members, model=model, bound=bound, plain=plain, known=known) -> dict:
+                engine = build(model, drafter, TREES["bush 12"], 4, known)
+                answers = [list(finished.token_ids) for finished in engine.run([asked_all[index] for index in members])]
                 margins = [
-                    margin(model, asked, right, place)
-                    for asked, answer, right in zip(plain_sampling, answers, plain, strict=True)
-                    if (place := first_difference(answer, right)) is not None
+                    margin(model, asked_all[index], plain[index], place)
+                    for index, answer in zip(members, answers, strict=True)
+                    if (place := first_difference(answer, plain[index])) is not None
                 ]
                 is_relative = model.vlm.head_weight.dtype == torch.bfloat16
                 beyond = [gap for gap, size in margins if gap > bound * (size if is_relative else 1)]
@@ -140,39 +184,45 @@ def rounded_cells(journal: Journal, requests: Sequence[Request]) -> Iterator[lis
                     "rate": engine.stats().tokens_per_round,
                 }
 
-            kind = {torch.float32: "f32", torch.bfloat16: "bf16"}[dtype]
-            done = journal.once(f"{kind}/{name}", f"{kind}, {name}", compare)
-            yield [kind, name, "bush 12", 4, *(done[key] for key in ("tokens", "different", "flips", "margin", "rate"))]
+            done = journal.once(f"{kind}/{drafter}", f"{kind}, {drafter}", compare)
+            figures = [done[key] for key in ("tokens", "different", "flips", "margin", "rate")]
+            yield [kind, drafter, "bush 12", 4, "straight", len(members), *figures]
 
 
-def build(model: Target, name: str, limits: DraftLimits, batch: int, answers: Sequence[Sequence[int]]) -> Engine:
-    config = EngineConfig(max_batch=batch, context=CONTEXT, prefill_chunk=16, max_nodes=64)
-    return Engine(model, config, build_drafter(model, name, batch, answers), FixedController(limits))
+class Answers:
+    """What drafters that know the answers know."""
 
+    def __init__(self, requests: Sequence[Request], answers: Sequence[Sequence[int]]) -> None:
+        self._known = {tuple(asked.prompt): answer for asked, answer in zip(requests, answers, strict=True)}
 
-def build_drafter(model: Target, name: str, batch: int, answers: Sequence[Sequence[int]]) -> Drafter | None:
-    known = {tuple(request(index).prompt): answer for index, answer in enumerate(answers)}
-
-    def answer_of(generation: Generation) -> Sequence[int]:
+    def __call__(self, generation: Generation) -> Sequence[int]:
         """What is to be said; of a resumed request, whose prompt ends with what was said already, the rest."""
         prompt = tuple(generation.request.prompt)
         for size in range(len(prompt), 0, -1):
-            answer = known.get(prompt[:size])
+            answer = self._known.get(prompt[:size])
             if answer is not None and tuple(answer[: len(prompt) - size]) == prompt[size:]:
                 return answer[len(prompt) - size :]
         return []
 
-    if name == "eagle":
+
+def build(model: Target, name: str, limits: DraftLimits, batch: int, known: Answers) -> Engine:
+    config = EngineConfig(max_batch=batch, context=CONTEXT, prefill_chunk=16, max_nodes=64)
+    return Engine(model, config, build_drafter(model, name, batch, known), FixedController(limits))
+
+
+def build_drafter(model: Target, name: str, batch: int, known: Answers) -> Drafter | None:
+    if name.startswith("eagle"):
         torch.manual_seed(0)
         config = DraftModelConfig(compressor=CompressorConfig(prune_ratio=2.0, pool_ratio=4.0))
         draft = cast(DraftModel(config, model.vlm), model.vlm.head_weight.dtype)
-        return EagleDrafter(draft, model.vlm, num_slots=batch, capacity=CONTEXT + 80)
+        kind = SwappedCompressor if name == "eagle, swapped" else EagleDrafter
+        return kind(draft, model.vlm, num_slots=batch, capacity=CONTEXT + 80)
     simple = {
         "none": lambda: None,
         "ngram": NgramDrafter,
-        "oracle": lambda: OracleDrafter(answer_of),
+        "oracle": lambda: OracleDrafter(known),
         "random": lambda: RandomDrafter(VOCAB),
-        "adversarial": lambda: AdversarialDrafter(answer_of, VOCAB),
+        "adversarial": lambda: AdversarialDrafter(known, VOCAB),
     }
     return simple[name]()
 

@@ -70,7 +70,8 @@ def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], out
     table = Table(title=name, *columns)
     for row in rows:
         table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
-    Console().print(table)
+    console = Console()
+    (console if console.is_terminal else Console(width=240)).print(table)
     path = output or Path("outputs") / "bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
