@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from sim.environment import Environment
+from sim.perturbations.kinds import PerturbConfig
+from sim.perturbations.perturbed_environment import perturbed
 from sim.results import mean
 from sim.rollout import EpisodeResult, Recorder, rollout
 from sim.seeds import Start
@@ -38,6 +40,7 @@ class EpisodeSettings:
     video_size: int  # pixels
     gif: bool
     watch: str | None = None  # address of a page that shows the running episodes
+    perturb: PerturbConfig | None = None  # None: clean episodes
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,7 @@ def work(connection: Connection, settings: EpisodeSettings, build: Callable[...,
 
     def begin() -> tuple[dict[str, Any], Callable[[EpisodeJob], dict[str, Any]]]:
         environment = build(settings.suite, image_size=settings.image_size, protocol=settings.protocol)
+        environment = perturbed(environment, settings.perturb)
         policy = PipePolicy(connection, environment.spec, settings.action_horizon)
         watcher = Watcher(settings.watch, settings.output_dir.name) if settings.watch else None
         facts = {

@@ -34,8 +34,10 @@ from tqdm import tqdm
 from sim.environment import Environment
 from sim.episode_worker import EpisodeJob, EpisodeSettings, Question, version, work
 from sim.folder_lock import locked
+from sim.perturbations.kinds import NONE, PerturbConfig
 from sim.results import EpisodeRow, append_row, differences, eval_info, read_episodes, success_table, tally
 from sim.seeds import start
+from sim.shards import shard_of
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.video import last_frame, success_grid, write_image
 from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
@@ -79,10 +81,17 @@ class EvaluateConfig:
     video_size: int = 256  # pixels
     gif: bool = False  # a small gif beside each film
     watch: str | None = None  # address of a server's page (`vla serve`) that shows the episodes as they run; draws every step
+    perturb: PerturbConfig = field(default_factory=PerturbConfig)  # what is changed about the episodes
+    shard: str | None = None  # "i/n": every n-th episode from the i-th on, i from 0; `vla merge-evaluations` joins the shards
 
     @property
     def task_list(self) -> list[int]:
         return list(range(get_suite(self.suite).num_tasks)) if self.tasks is None else sorted(set(self.tasks))
+
+    @property
+    def episode_list(self) -> list[tuple[int, int]]:
+        """(task, episode) of all shards together."""
+        return [(task, episode) for task in self.task_list for episode in range(self.episodes)]
 
     @property
     def protocol_name(self) -> str:
@@ -111,9 +120,9 @@ def evaluate_into(
     """`evaluate` once the folder is ours."""
     settings = episode_settings(config, policy, folder)
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
-    identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode}
+    identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode, "shard": config.shard}
     rows = open_evaluation(folder, identity, resume=config.resume)
-    wanted = [(task, episode) for task in config.task_list for episode in range(config.episodes)]
+    wanted = shard_of(config.episode_list, config.shard)
     jobs = [
         EpisodeJob(task, episode, start(config.split, episode), video_path(config, task, episode))
         for task, episode in wanted
@@ -129,7 +138,6 @@ def evaluate_into(
     if config.videos:
         write_grid(folder, asked_for)
     return asked_for
-
 
 
 def run_episodes(
@@ -152,6 +160,7 @@ def run_episodes(
     same_for_all = {
         "suite": config.suite,
         "split": config.split,
+        "perturbation": config.perturb.name,
         **{name: version(name) for name in ("mujoco", "robosuite", "torch", "remask")},
         "checkpoint": checkpoint,
         "git_commit": git_commit(),
@@ -231,6 +240,7 @@ def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> Ep
         video_size=config.video_size,
         gif=config.gif,
         watch=config.watch,
+        perturb=None if config.perturb.kind == NONE else config.perturb,
     )
 
 
@@ -244,6 +254,7 @@ def check(config: EvaluateConfig) -> None:
     for name in ("episodes", "workers", "max_batch"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    shard_of(config.episode_list, config.shard)
 
 
 def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
@@ -257,8 +268,10 @@ def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
 
 
 def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
-    default = remask_home() / "evaluations" / f"{config.suite}-{config.split}-{checkpoint[:8]}"
-    return Path(config.output_dir or default).expanduser()
+    name = f"{config.suite}-{config.split}-{checkpoint[:8]}"
+    name += "" if config.perturb.kind == NONE else f"-{config.perturb.name}"
+    name += "" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}"
+    return Path(config.output_dir or remask_home() / "evaluations" / name).expanduser()
 
 
 def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> dict[tuple[int, int], EpisodeRow]:
@@ -366,5 +379,6 @@ def main(argv: list[str]) -> None:
     policy = load_source(config.policy, config.workers)
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)
-    Console().print(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol"))
+    under = "" if config.perturb.kind == NONE else f", {config.perturb.kind} perturbed at severity {config.perturb.severity}"
+    Console().print(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol{under}"))
     print(f"{tally(rows)}. Rows, eval_info.json{' and videos' if config.videos else ''}: {folder}")

@@ -4,6 +4,8 @@ import atexit
 import ctypes
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -98,6 +100,17 @@ def gl_context(size: int) -> Any:
     return GLContext(size, size)
 
 
+@dataclass(frozen=True)
+class Decoration:
+    """A shape in the scene that is drawn and is nothing else: the simulation does not know of it."""
+
+    shape: str  # "box", "sphere" or "cylinder"
+    half_extents: np.ndarray  # [3] m along its own axes
+    position_w: np.ndarray  # [3] m
+    rotation_w: np.ndarray  # [3, 3]
+    rgba: np.ndarray  # [4] in [0, 1]
+
+
 class Renderer:
     """Draws the cameras of one MuJoCo model. The GL context is made at the first frame.
 
@@ -116,6 +129,7 @@ class Renderer:
         self._data = data
         self._context = None
         self._view = CameraView(model, data)
+        self.decorations: Sequence[Decoration] = ()  # drawn besides the model, from the next frame on
 
     def _open(self, size: int) -> None:
         import mujoco
@@ -177,6 +191,8 @@ class Renderer:
         # robosuite hides sites by a negative opacity, which flat colours would ignore
         self._option.sitegroup[:] = 0 if identities else self._site_groups
         self._update_scene(camera_id)
+        if not identities:
+            self._add_decorations()
         for flag in (mujoco.mjtRndFlag.mjRND_SEGMENT, mujoco.mjtRndFlag.mjRND_IDCOLOR):
             self._scene.flags[flag] = identities
         if identities:
@@ -205,6 +221,29 @@ class Renderer:
             self._scene,
         )
         self._model.geom_group[:] = groups
+
+    def _add_decorations(self) -> None:
+        import mujoco
+
+        kinds = {name: getattr(mujoco.mjtGeom, f"mjGEOM_{name.upper()}") for name in ("box", "sphere", "cylinder")}
+        for decoration in self.decorations:
+            size = decoration.half_extents
+            if decoration.shape == "cylinder":
+                size = size[[0, 2, 2]]  # MuJoCo: radius, half height
+            pose = decoration.position_w, decoration.rotation_w.ravel()
+            geom = self._scene.geoms[self._scene.ngeom]
+            mujoco.mjv_initGeom(geom, kinds[decoration.shape], size, *pose, decoration.rgba.astype(np.float32))
+            self._scene.ngeom += 1
+
+    def upload_textures(self, textures: Sequence[int]) -> None:
+        """Show what was written into these textures of the model. A context made later reads them anyway."""
+        import mujoco
+
+        if self._context is None:
+            return
+        self._gl.make_current()
+        for texture in textures:
+            mujoco.mjr_uploadTexture(self._model, self._context, texture)
 
     def close(self) -> None:
         """Free the GL context. A later frame opens a new one."""

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class EpisodeRow:
     assets: str  # where meshes and textures came from, stand-ins named
     checkpoint: str  # sha256 of the checkpoint folder
     git_commit: str
+    perturbation: str = "none"  # "camera-3": kind and severity
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -75,11 +76,12 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 
 def read_episodes(path: Path) -> list[EpisodeRow]:
-    """Rows of an evaluation. Raises ValueError if they lack a field of EpisodeRow or carry another one."""
+    """Rows of an evaluation. Raises ValueError if they lack a field of EpisodeRow without default or carry another one."""
     names = {field.name for field in fields(EpisodeRow)}
+    needed = {field.name for field in fields(EpisodeRow) if field.default is MISSING}
     rows = read_rows(path)
     for number, row in enumerate(rows, start=1):
-        if row.keys() != names:
+        if not needed <= row.keys() <= names:
             raise ValueError(
                 f"{path}, line {number} has other fields than this version writes: {sorted(row.keys() ^ names)}. "
                 "Use a new --output_dir."

@@ -98,6 +98,15 @@ class Snapshot:
         for field, target in zip(self.FIELDS, self._targets):
             target[:] = getattr(data, field)
 
+    def copy(self) -> list[np.ndarray]:
+        """What was taken last, for `put`."""
+        return [target.copy() for target in self._targets]
+
+    def put(self, taken: list[np.ndarray]) -> None:
+        """Show what `copy` gave at another time."""
+        for target, values in zip(self._targets, taken, strict=True):
+            target[:] = values
+
 
 @dataclass(frozen=True)
 class RegionSource:
@@ -152,6 +161,15 @@ class Arm:
         self._part_of_geom = np.full(self.model.ngeom, -1)  # index into the parts: bodies first, then links
         for index, part in enumerate((*self._bodies.values(), *self._links.values())):
             self._part_of_geom[list(part.geom_ids)] = index
+
+    @property
+    def observed(self) -> Snapshot:
+        """What cameras and proprioception read now."""
+        return self._observed
+
+    @property
+    def renderer(self) -> Renderer:
+        return self._renderer
 
     def reset(self, seed: int) -> None:
         """robosuite's own reset: arm at its start posture, objects placed by numpy's generator under `seed`."""

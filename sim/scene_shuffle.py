@@ -107,18 +107,18 @@ def _move(environment: Environment, reader: SceneReader, name: str, place: _Plac
         u, v = reader.picture(centre)
         if not (PICTURE[0][0] < u < PICTURE[0][1] and PICTURE[1][0] < v < PICTURE[1][1]):
             continue
-        rotation = _about_vertical(turn)
+        rotation = about_vertical(turn)
         arm.data.qpos[pose] = np.concatenate(
-            [centre - rotation @ body.rotation_w @ box.centre_b + [0.0, 0.0, 0.001], _turned(before[3:], turn)]
+            [centre - rotation @ body.rotation_w @ box.centre_b + [0.0, 0.0, 0.001], turned(before[3:], turn)]
         )
         arm.forward()
-        if not _collides(arm, box.geom_ids):
+        if not collides(arm, box.geom_ids):
             return
     arm.data.qpos[pose] = before
     arm.forward()
 
 
-def _collides(arm: object, geoms: tuple[int, ...]) -> bool:
+def collides(arm: object, geoms: tuple[int, ...]) -> bool:
     """Whether one of these geoms is inside another thing's."""
     return any(
         contact.dist < -PENETRATION and (int(contact.geom[0]) in geoms) != (int(contact.geom[1]) in geoms)
@@ -126,12 +126,12 @@ def _collides(arm: object, geoms: tuple[int, ...]) -> bool:
     )
 
 
-def _about_vertical(angle: float) -> np.ndarray:
+def about_vertical(angle: float) -> np.ndarray:
     cosine, sine = np.cos(angle), np.sin(angle)
     return np.array([[cosine, -sine, 0.0], [sine, cosine, 0.0], [0.0, 0.0, 1.0]])
 
 
-def _turned(quat_wxyz: np.ndarray, angle: float) -> np.ndarray:
+def turned(quat_wxyz: np.ndarray, angle: float) -> np.ndarray:
     """The rotation `quat_wxyz`, then `angle` about the world's vertical."""
     cosine, sine = np.cos(angle / 2), np.sin(angle / 2)
     w, x, y, z = quat_wxyz

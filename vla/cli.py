@@ -119,10 +119,30 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "two evaluations on the same starts: paired difference, interval, p-value",
             "vla compare EVALUATION_A EVALUATION_B",
         ),
+        "merge-evaluations": Verb(
+            "sim.merge_evaluations:main",
+            "shards of an evaluation (`vla eval --shard=i/n`) -> one evaluation",
+            "vla merge-evaluations --folders='[SHARD_0, SHARD_1]' --output_dir=EVALUATION",
+        ),
         "compare-policies": Verb(
             "sim.compare_policies:main",
             "evaluate two policies on the same starts and compare them",
             "vla compare-policies --policy.path=A --other.path=B --suite=robosuite_lift --episodes=50",
+        ),
+        "perturb-picture": Verb(
+            "sim.perturbations.picture:main",
+            "one start of a suite under every perturbation, as a picture",
+            "vla perturb-picture --suite=libero_object --output=perturbations.png",
+        ),
+        "report": Verb(
+            "sim.report.verb:main",
+            "run folders -> the tables and figures of a README, or a check that they agree",
+            "vla report --sources='{lift: EVALUATION}' --output_dir=REPORT --readme=README.md --check",
+        ),
+        "scaling": Verb(
+            "sim.scaling.verb:main",
+            "loss and success of many runs against parameters, demonstrations and compute",
+            "vla scaling --runs='[RUNS]' --output_dir=SCALING",
         ),
         "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench decoding"),
     },
@@ -163,7 +183,7 @@ def overview() -> str:
     for group, verbs in GROUPS.items():
         lines += ["", f"{group}:"]
         for name, verb in verbs.items():
-            lines += [f"  {name:<17}{verb.summary}", f"  {'':<17}  $ {verb.example}"]
+            lines += [f"  {name:<18}{verb.summary}", f"  {'':<18}  $ {verb.example}"]
     lines += [
         "",
         "`vla VERB --help` lists the settings of a verb. Settings come from --config_path FILE.yaml and --name=value, the",

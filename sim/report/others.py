@@ -1,0 +1,115 @@
+"""Sections made of JSON files: benchmarks, DAgger rounds, collections, experts, scaling fits."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sim.report.section import Section, markdown_table, percent
+from sim.results import wilson
+
+SHOWN = ("episodes", "mixing", "decay", "minutes")  # settings of `vla dagger`
+BENCH_KEYS = ("benchmark", "rows", "machine", "versions", "time")  # the others are the benchmark's own facts
+
+
+def bench(path: Path) -> Section:
+    """What tests/benchmarks/harness.py wrote: its rows as they are."""
+    found = json.loads(path.read_text())
+    rows = found["rows"]
+    columns = list(rows[0]) if rows else []
+    machine, versions = found.get("machine", {}), found.get("versions", {})
+    facts = {
+        "command": f"`vla bench {found['benchmark'].split('-')[0]}`",
+        "settings": ", ".join(f"{key} {told(value)}" for key, value in found.items() if key not in BENCH_KEYS and value != ""),
+        "machine": f"{machine.get('processor', 'unknown')}, {machine.get('cores', '?')} cores",
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+        "measured": found.get("time", "")[:10],
+    }
+    return Section(markdown_table(columns, [[row.get(name) for name in columns] for row in rows]), facts)
+
+
+def told(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) and all(isinstance(each, str) for each in value) else str(value)
+
+
+def dagger(folder: Path) -> Section:
+    """rounds.json of `vla dagger`: success against labels."""
+    rounds = json.loads((folder / "rounds.json").read_text())
+    lines = [
+        [each["number"], each["labels"], *rate_cells(each),
+         None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %"]
+        for each in rounds
+    ]  # fmt: skip
+    settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").exists() else {}
+
+    def draw(axes: Any) -> None:
+        rates = [each["successes"] / max(each["episodes"], 1) for each in rounds]
+        spread = [
+            [100 * (rate - each["interval_95"][0]) for rate, each in zip(rates, rounds, strict=True)],
+            [100 * (each["interval_95"][1] - rate) for rate, each in zip(rates, rounds, strict=True)],
+        ]
+        axes.errorbar([each["labels"] for each in rounds], [100 * rate for rate in rates], yerr=spread, marker="o", capsize=3)
+        axes.set(xlabel="labelled states of corrections", ylabel="success, % [95 %]", ylim=(-2, 102))
+
+    facts = {
+        "suite": settings.get("suite", ""),
+        "starts": "validation",
+        "intervals": "95 % Wilson",
+        "settings": ", ".join(f"{key} {settings[key]}" for key in SHOWN if key in settings),
+    }
+    table = markdown_table(["round", "labels", "solved", "success [95 %]", "mixture while correcting"], lines)
+    return Section(table, facts, {"labels": draw})
+
+
+def rate_cells(row: Mapping[str, Any]) -> list[str]:
+    """Solved of how many, and the rate with its interval."""
+    rate = row["successes"] / max(row["episodes"], 1)
+    return [f"{row['successes']}/{row['episodes']}", percent(rate, tuple(row["interval_95"]))]
+
+
+def experts(path: Path) -> Section:
+    """What `vla experts` wrote."""
+    found = json.loads(path.read_text())
+    lines = [
+        [task, row["instruction"], *rate_cells(row)]
+        for task, row in found["tasks"].items()
+    ]
+    solved, tried = (sum(row[key] for row in found["tasks"].values()) for key in ("successes", "episodes"))
+    lines.append(["all", f"{len(lines)} tasks", f"{solved}/{tried}", percent(solved / max(tried, 1), wilson(solved, tried))])
+    config = found["config"]
+    facts = {
+        "command": f"`vla experts --suite={config['suite']} --episodes={config['episodes']}`",
+        "starts": config["split"],
+        "noise": str(config["noise"]),
+    }
+    return Section(markdown_table(["task", "instruction", "solved", "success [95 %]"], lines), facts)
+
+
+def collection(folder: Path) -> Section:
+    """collect.json of `vla collect`: the demonstrator's success by task, with what the collection took."""
+    found = json.loads((folder / "collect.json").read_text())
+    tasks = found["expert"] | {"all": found["expert_all"]}
+    lines = [
+        [task, *rate_cells(row), row["errors"], row["mean_steps"]]
+        for task, row in tasks.items()
+    ]
+    columns = ["task", "solved", "success [95 %]", "errors", "mean steps"]
+    shown = ("suite", "split", "noise", "image_size", "episodes_per_task", "collect_s", "episodes_per_hour", "dataset_bytes")
+    settings = ", ".join(f"{key} {found[key]}" for key in shown if found.get(key) is not None)
+    facts = {"settings": settings, "intervals": "95 % Wilson"}
+    return Section(markdown_table(columns, lines), facts)
+
+
+def scaling(folder: Path) -> Section:
+    """scaling.json of `vla scaling`: one fit a line."""
+    found = json.loads((folder / "scaling.json").read_text())
+    columns = ["quantity", "against", "runs", "exponent [95 %]", "floor", "R2 of logarithms"]
+    lines = [
+        [fit["quantity"], fit["axis"], fit["runs"],
+         f"{fit['exponent']:.3f} [{fit['exponent_interval_95'][0]:.3f}, {fit['exponent_interval_95'][1]:.3f}]",
+         fit["floor"], fit["r_squared"]]
+        for fit in found["fits"]
+    ]  # fmt: skip
+    intervals = f"95 % of {found['resamples']} bootstrap samples, seed {found['seed']}"
+    facts = {"intervals": intervals, "commit": found["git_commit"][:12]}
+    return Section(markdown_table(columns, lines), facts)

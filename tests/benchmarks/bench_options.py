@@ -1,0 +1,80 @@
+"""What is trained for, option by option: each arm changes one thing of the base; same data, budget and validation starts.
+
+    vla bench options [--options replace_visible objective ...] [--suite libero_object --config ... --dataset ... --minutes 20]
+
+Visible-token corruption, objectives, known prefix, mask draws, image size, augmentation, and, with --backbone, starting from a
+published vision-language model. The first row is the base itself.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.benchmarks.arms import COLUMNS, Arm, add_arm_options, compare_arms
+from tests.benchmarks.bench_objectives import OBJECTIVES
+from tests.benchmarks.harness import parser, report
+from vla.home import remask_home
+
+Change = tuple[str, dict[str, Any]]  # section of the YAML, what is set in it
+
+OPTIONS: dict[str, dict[str, Change]] = {
+    "replace_visible": {f"{share:g}": ("head", {"replace_visible": share}) for share in (0.0, 0.05, 0.1, 0.2)},
+    "known_prefix": {f"{share:g}": ("head", {"known_prefix": share}) for share in (0.0, 0.1, 0.25, 0.5)},
+    "mask_draws": {str(draws): ("head", {"mask_draws": draws}) for draws in (1, 2, 4, 8)},
+    "objective": {name: ("objective", objective) for name, objective in OBJECTIVES.items()},
+    "image_size": {str(size): ("images", {"size": size}) for size in (64, 80, 96, 112)},
+    "augmentation": {
+        "none": ("images", {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0}),
+        "strong": ("images", {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4}),
+    },
+}
+REPLACED_WHOLE = ("objective",)  # sections whose settings belong together
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    add_arm_options(arguments)
+    arguments.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    arguments.add_argument("--backbone", default=None, help="published model folder: one more arm, which starts from it")
+    options = arguments.parse_args(argv)
+    root = remask_home() / "bench" / f"options-{options.suite}-{options.minutes:g}min"
+    arms = arms_of(options, root)
+    report(
+        f"options-{options.suite}", ["option", *COLUMNS], compare_arms(arms, root, options), options.output,
+        minutes=options.minutes, concurrent=options.concurrent, tasks=options.tasks, base=str(options.config),
+    )  # fmt: skip
+    return 0
+
+
+def arms_of(options: argparse.Namespace, root: Path) -> list[Arm]:
+    """The base, and an arm for each value that is not the base's own."""
+    base = yaml.safe_load(options.config.read_text())
+    arms = [arm("base", base, root)]
+    for option in options.options:
+        for value, (section, settings) in OPTIONS[option].items():
+            config = changed(base, section, settings)
+            if config != base:
+                arms.append(arm(f"{option}-{value}", config, root))
+    if options.backbone:
+        arms.append(Arm("backbone", arms[0].config, (f"--policy.backbone.path={options.backbone}",)))
+    return arms
+
+
+def changed(base: dict[str, Any], section: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The base's YAML with some settings of a section; an objective is replaced as a whole."""
+    before = {} if section in REPLACED_WHOLE else base.get(section, {})
+    return base | {section: before | settings}
+
+
+def arm(name: str, config: dict[str, Any], root: Path) -> Arm:
+    """The arm of a YAML written to root/NAME.yaml."""
+    path = root / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return Arm(name, path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,94 @@
+"""Laws of the studies' arms: one thing is changed at a time, the base is not run twice, every remasking rule is among them."""
+
+import argparse
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sim.evaluate import EvaluateConfig, PolicySource
+from tests.benchmarks import bench_options, studies
+from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
+from tests.benchmarks.bench_options import OPTIONS, arms_of
+from tests.point_world import PointPolicy, build_point_world
+from tests.test_evaluate import CHECKPOINT, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
+from vla.train import TrainConfig
+from vla.unmasking import REMASK_RULES, DecodeConfig
+
+
+def test_a_decode_variant_differs_from_the_base_in_one_setting():
+    base, decode = EvaluateConfig(policy=PolicySource(path="P")), DecodeConfig(rounds=6, remask="none")
+    variants = variants_of(base, decode, FACTORS)
+    assert variants.pop("base").policy.decode == asdict(decode)
+    for name, config in variants.items():
+        changed = [key for key, value in config.policy.decode.items() if value != getattr(decode, key)]
+        assert len(changed) == 1 and name.startswith(changed[0])
+        assert replace(config, policy=base.policy) == base, "nothing but the decoding"
+    assert len(variants) == sum(map(len, FACTORS.values())) - len(FACTORS), "the base's own values are not run twice"
+    assert {"remask-" + rule for rule in REMASK_RULES} - {"remask-none"} <= set(variants)
+    assert {f"rounds-{rounds}" for rounds in (1, 2, 4, 8, 12)} <= set(variants)
+
+
+def test_the_study_is_drawn_with_or_without_some_of_its_variants(tmp_path: Path):
+    row = {"success %": 90.0, "95 % low": 80.0, "95 % high": 95.0, "n": 100, "ms per chunk": 24.0}
+    rows = [row | {"decoding": name} for name in ("base", "rounds-1", "rounds-12", "remask-remdm")]
+    plot([*rows, row | {"decoding": "threshold-0.5", "n": 0}], DecodeConfig(), tmp_path / "study" / "plot.png")
+    assert (tmp_path / "study" / "plot.png").stat().st_size > 5000
+
+
+def arms(tmp_path: Path, **changes):
+    base = {"model": {"preset": "desk-s"}, "objective": {"type": "hl_gauss", "sigma": 2.0}, "head": {"mask_draws": 2}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    options = argparse.Namespace(**{"config": tmp_path / "base.yaml", "options": list(OPTIONS), "backbone": None, **changes})
+    return base, arms_of(options, tmp_path / "arms")
+
+
+def test_an_option_changes_one_section_of_the_base(tmp_path: Path):
+    base, found = arms(tmp_path, backbone="VLM")
+    assert found[0].name == "base" and yaml.safe_load(found[0].config.read_text()) == base
+    for arm in found[1:-1]:
+        config = yaml.safe_load(arm.config.read_text())
+        assert sum(config.get(section) != base.get(section) for section in config) == 1, arm.name
+    assert found[-1].settings == ("--policy.backbone.path=VLM",)
+    names = [arm.name for arm in found]
+    assert len(names) == len(set(names)) and "objective-hl_gauss" not in names and "mask_draws-2" not in names
+
+
+def test_every_option_is_a_setting_of_training(tmp_path: Path):
+    sections = {field.name: field for field in fields(TrainConfig)}
+    for values in OPTIONS.values():
+        for section, given in values.values():
+            if section != "objective":
+                known = {field.name for field in fields(type(getattr(TrainConfig(), section)))}
+                assert section in sections and set(given) <= known, (section, given)
+
+
+@pytest.fixture
+def point_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folder "loud" has a policy with more noise; both live in the point world."""
+
+    def load(source: PolicySource, workers: int) -> PointPolicy:
+        policy = PointPolicy(noise=2.0 if source.path == "loud" else 0.2)
+        policy.content_hash = CHECKPOINT
+        return policy
+
+    real = studies.evaluate
+    monkeypatch.setattr(studies, "load_source", load)
+    monkeypatch.setattr(studies, "evaluate", lambda *arguments: real(*arguments, build=build_point_world))
+
+
+def test_a_study_is_paired_and_resumes(tmp_path: Path, point_policies, capsys):
+    base = settings(tmp_path, resume=True, output_dir=None)
+    variants = {"base": base, "same": base, "loud": replace(base, policy=PolicySource(path="loud"))}
+    found = studies.evaluate_variants(variants, tmp_path)
+    rows = {row[0]: dict(zip(studies.COLUMNS, row[1:], strict=True)) for row in studies.study_rows(found, "base")}
+    assert rows["base"]["difference"] == rows["same"]["difference"] == 0.0 and rows["same"]["p"] == 1.0
+    assert rows["loud"]["difference"] < 0 and rows["loud"]["n"] == 12
+    assert studies.evaluate_variants(variants, tmp_path) == found, "a second call runs nothing"
+
+
+def test_an_objective_is_replaced_as_a_whole():
+    base = {"objective": {"type": "hl_gauss", "sigma": 2.0}, "head": {"mask_draws": 2}}
+    assert bench_options.changed(base, "objective", {"type": "comp_sum"})["objective"] == {"type": "comp_sum"}
+    assert bench_options.changed(base, "head", {"known_prefix": 0.5})["head"] == {"mask_draws": 2, "known_prefix": 0.5}
