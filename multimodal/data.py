@@ -4,8 +4,9 @@ A row's texts stand one after the other and do not see each other (`segment`), e
 image: so its tokens are computed once for all of them, and no padding is needed between short and long texts.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from multimodal.corpus_file import Dialogue, Manifest, read_manifest, read_scene
 from multimodal.dialogue import encode_dialogue
 from multimodal.tokenizer import TextTokenizer
 
+Turns = Sequence[tuple[str, str]]  # questions and answers
 IGNORED = -100  # target of a position that nothing is predicted at
 
 
@@ -41,8 +43,19 @@ class _Encoded:
 class SceneTexts:
     """One split of a corpus, its texts as ids and its images decoded at first use (49 kB each at 128 pixels)."""
 
-    def __init__(self, root: Path | str, split: str, tokenizer: TextTokenizer, *, limit: int | None = None) -> None:
-        """limit: take so many scenes only, evenly spaced. Raises FileNotFoundError or ValueError, see corpus_file."""
+    def __init__(
+        self,
+        root: Path | str,
+        split: str,
+        tokenizer: TextTokenizer,
+        *,
+        limit: int | None = None,
+        encode: Callable[[Turns], tuple[list[int], list[bool]]] | None = None,
+    ) -> None:
+        """limit: take so many scenes only, evenly spaced. encode: of a dialogue; None: multimodal.dialogue's.
+
+        Raises FileNotFoundError or ValueError, see corpus_file.
+        """
         self.root, self.split, self.tokenizer = Path(root).expanduser(), split, tokenizer
         self.manifest: Manifest = read_manifest(self.root)
         scenes = [scene for path in split_files(self.root, split) for scene in read_scenes(path, truth=False)]
@@ -55,7 +68,9 @@ class SceneTexts:
         size, cameras = self.manifest.image_size, len(self.manifest.cameras)
         self._images = torch.empty(len(scenes), cameras, size, size, 3, dtype=torch.uint8)  # untouched memory costs nothing
         self._is_decoded = np.zeros(len(scenes), bool)
-        self._encoded = [[_encode(tokenizer, text) for text in texts] for texts in self.texts]
+        encode = encode or partial(encode_dialogue, tokenizer)
+        pairs = [[encode(text.turns) for text in texts] for texts in self.texts]
+        self._encoded = [[_Encoded(np.array(ids, np.int64), np.array(told)) for ids, told in scene] for scene in pairs]
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -132,11 +147,6 @@ class SceneTexts:
             parts["position"].append(np.arange(len(told)))
             parts["weight"].append(np.where(told, float(told.sum()) ** -length_power, 0.0).astype(np.float32))
         return {name: np.concatenate(arrays) for name, arrays in parts.items()}
-
-
-def _encode(tokenizer: TextTokenizer, text: Dialogue) -> _Encoded:
-    ids, is_answer = encode_dialogue(tokenizer, text.turns)
-    return _Encoded(np.array(ids, np.int64), np.array(is_answer))
 
 
 def _permutation(count: int, *key: int) -> np.ndarray:

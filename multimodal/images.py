@@ -37,6 +37,16 @@ def prepare_images(images: Tensor, config: ImageConfig, generator: torch.Generat
     return result.reshape(*images.shape[:-3], 3, config.output_size, config.output_size)
 
 
+def scale_frame(image: Tensor, side: int | None) -> Tensor:
+    """uint8 [H, W, 3], its shorter side scaled to `side` pixels; as it is without one, or if it fits."""
+    short = min(image.shape[:2])
+    if side is None or short == side:
+        return image
+    size = [round(length * side / short) for length in image.shape[:2]]
+    scaled = F.interpolate(image.permute(2, 0, 1)[None].float(), size, mode="bilinear", antialias=True, align_corners=False)
+    return scaled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
+
+
 def cut(frames: Tensor, corners: Tensor, crop: int) -> Tensor:
     """Squares of `crop` pixels: frames [N, H, W, 3], corners int64 [N, 2] (top, left) -> [N, 3, crop, crop]."""
     every_crop = frames.unfold(1, crop, 1).unfold(2, crop, 1)  # a view [N, H-crop+1, W-crop+1, 3, crop, crop]

@@ -1,4 +1,4 @@
-"""`multimodal.images.prepare_images` for inference, in numpy alone: centre crop, normalisation, resizing."""
+"""`multimodal.images` for inference, in numpy alone: scaling, centre crop, normalisation, resizing."""
 
 import numpy as np
 
@@ -40,3 +40,13 @@ def resize_weights(length: int, size: int) -> np.ndarray:
     distance = np.abs(np.arange(length) + 0.5 - centres[:, None]) / reach
     weights = np.maximum(1.0 - distance, 0.0)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def scaled_frame(image: np.ndarray, side: int | None) -> np.ndarray:
+    """Twin of `multimodal.images.scale_frame`: uint8 [H, W, 3], its shorter side scaled to `side` pixels."""
+    short = min(image.shape[:2])
+    if side is None or short == side:
+        return image
+    rows, columns = (resize_weights(length, round(length * side / short)) for length in image.shape[:2])
+    planes = rows @ np.moveaxis(image.astype(np.float32), -1, 0) @ columns.T
+    return np.moveaxis(planes.round().clip(0, 255).astype(np.uint8), 0, -1)

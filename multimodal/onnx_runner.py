@@ -50,17 +50,27 @@ class OnnxRunner:
         self.outputs = tuple(map(_port, self.session.get_outputs()))
         self._ortvalue = ort.OrtValue.ortvalue_from_numpy
 
-    def run(self, feeds: Mapping[str, Any], keep: Sequence[str] = ()) -> dict[str, Any]:
-        """Outputs by name: arrays, but those named in `keep` stay on the device as OrtValues."""
+    def run(
+        self, feeds: Mapping[str, Any], keep: Sequence[str] = (), into: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Outputs by name: arrays, but those named in `keep` stay on the device as OrtValues.
+
+        into: OrtValues of the right shape that outputs are written to; they are not among the results. An output may be given
+        the memory of the input that it replaces, if the graph reads that input nowhere else.
+        """
+        into = into or {}
         binding = self.session.io_binding()
         for port in self.inputs:
             value = feeds[port.name]
             binding.bind_ortvalue_input(port.name, self.on_device(value) if isinstance(value, np.ndarray) else value)
         for port in self.outputs:
-            binding.bind_output(port.name, self.device if port.name in keep else "cpu")
+            if port.name in into:
+                binding.bind_ortvalue_output(port.name, into[port.name])
+            else:
+                binding.bind_output(port.name, self.device if port.name in keep else "cpu")
         self.session.run_with_iobinding(binding)
-        values = zip(self.outputs, binding.get_outputs(), strict=True)
-        return {port.name: value if port.name in keep else value.numpy() for port, value in values}
+        values = zip((port.name for port in self.outputs), binding.get_outputs(), strict=True)
+        return {name: value if name in keep else value.numpy() for name, value in values if name not in into}
 
     def on_device(self, array: np.ndarray) -> Any:
         """The array as an OrtValue."""

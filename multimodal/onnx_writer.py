@@ -40,24 +40,17 @@ def write_graph(graph: OnnxGraph, folder: Path, precision: str = "float32") -> P
 
     float16 needs a module that is in half precision already, see `halved`; int8 is made from float32 by onnxruntime: the
     matrices of linear layers per output channel, activations as they come, convolutions left alone.
-    Raises ValueError for an unknown precision, or naming the package that is missing.
+    Raises ValueError for an unknown precision, or naming the package that is missing or the axis that the module has fixed.
     """
     check_choice("export", "precision", precision, PRECISIONS)
     check_packages()
     path = folder / f"{graph.name}.onnx"
-    lengths = {name: torch.export.Dim(name) for axes in graph.dynamic.values() for name in axes.values()}
-    shapes = [{axis: lengths[name] for axis, name in graph.dynamic.get(key, {}).items()} for key in graph.inputs]
     with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            _Listed(graph.module.eval()),
-            (list(graph.inputs.values()),),
-            dynamo=True,
-            dynamic_shapes=(shapes,),
-            input_names=list(graph.inputs),
-            output_names=list(graph.outputs),
-            opset_version=OPSET,
-            verbose=False,
-        )
+        program = trace(graph, strict=False)
+        if fixed_axes(graph, program):
+            program = trace_strictly(graph) or program
+    check_dynamic(graph, program)
+    divide_by_roots(program.model.graph)
     nodes = list(program.model.graph.all_nodes())
     spared = [node.name for node in nodes if _scope(node).endswith(graph.sensitive)]
     for node in nodes:
@@ -66,6 +59,65 @@ def write_graph(graph: OnnxGraph, folder: Path, precision: str = "float32") -> P
     if precision == "int8":
         quantise(path, spared)
     return path
+
+
+def trace(graph: OnnxGraph, *, strict: bool) -> Any:
+    """The graph as torch.onnx gives it.
+
+    strict: torch reads the module's code instead of running it, which keeps len(tensor) a dynamic length.
+    """
+    lengths = {name: torch.export.Dim(name) for axes in graph.dynamic.values() for name in axes.values()}
+    shapes = [{axis: lengths[name] for axis, name in graph.dynamic.get(key, {}).items()} for key in graph.inputs]
+    module, given, dynamic = _Listed(graph.module.eval()), (list(graph.inputs.values()),), (shapes,)
+    names = {"input_names": list(graph.inputs), "output_names": list(graph.outputs)}
+    if strict:
+        module, given, dynamic = torch.export.export(module, given, dynamic_shapes=dynamic, strict=True), (), None
+    return torch.onnx.export(module, given, dynamo=True, dynamic_shapes=dynamic, opset_version=OPSET, verbose=False, **names)
+
+
+def trace_strictly(graph: OnnxGraph) -> Any | None:
+    """`trace` with strict=True; None if torch cannot read the module's code."""
+    try:
+        return trace(graph, strict=True)
+    except RuntimeError:  # dynamo's errors and torch.onnx's
+        return None
+
+
+def fixed_axes(graph: OnnxGraph, program: Any) -> list[str]:
+    """Axes that should be dynamic and have the example's length: torch's exporter says nothing then."""
+    return [
+        f"axis {axis} ({name}) of {value.name}"
+        for value in program.model.graph.inputs
+        for axis, name in graph.dynamic.get(value.name, {}).items()
+        if isinstance(value.shape[axis], int)
+    ]
+
+
+def check_dynamic(graph: OnnxGraph, program: Any) -> None:
+    """Raise ValueError naming the axes that came out fixed."""
+    fixed = fixed_axes(graph, program)
+    if fixed:
+        raise ValueError(
+            f"{graph.name}: {', '.join(fixed)} came out fixed. The module takes that length as a number somewhere (a loop, "
+            "len, int); write it with tensor operations."
+        )
+
+
+def divide_by_roots(graph: Any) -> None:
+    """x * (1 / sqrt(y)), as torch writes a norm, becomes x / sqrt(y), in place: onnxruntime makes one operator of a norm
+    written so."""
+    for node in list(graph):
+        root = node.inputs[0] if node.op_type == "Reciprocal" else None
+        if root is None or root.producer() is None or root.producer().op_type != "Sqrt":
+            continue
+        for user, place in list(node.outputs[0].uses()):
+            if user.op_type == "Mul":
+                factor = user.inputs[1 - place]
+                user.op_type = "Div"
+                user.replace_input_with(0, factor)
+                user.replace_input_with(1, root)
+        if not node.outputs[0].uses():
+            graph.remove(node, safe=True)
 
 
 def quantise(path: Path, spared: Sequence[str] = ()) -> None:
@@ -131,9 +183,12 @@ class _Listed(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back what exporter and quantiser say about themselves: other packages' operators, names of equal lengths."""
+    """Hold back what exporter and quantiser say about themselves (other packages' operators, names of equal lengths), and
+    operators that only torch has."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "root")]
     levels = [logger.level for logger in loggers]
+    is_fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # nn.MultiheadAttention's fused inference operator has no ONNX counterpart
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for logger in loggers:
@@ -141,5 +196,6 @@ def _quiet() -> Iterator[None]:
         try:
             yield
         finally:
+            torch.backends.mha.set_fastpath_enabled(is_fast)
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

@@ -47,15 +47,16 @@ def group_patches(patches: Tensor, grid: tuple[int, int], side: int) -> Tensor:
             f"An image of {rows} x {columns} patches cannot be grouped {side} by {side}; resize images so that both counts are "
             f"multiples of {side} (ImageConfig.size)."
         )
-    x = patches.reshape(len(patches), rows // side, side, columns // side, side, -1)
-    return x.transpose(2, 3).reshape(len(patches), rows // side * (columns // side), -1)
+    # shape[0] and not len(): an exporter would freeze a length that Python has read
+    x = patches.reshape(patches.shape[0], rows // side, side, columns // side, side, -1)
+    return x.transpose(2, 3).reshape(patches.shape[0], rows // side * (columns // side), -1)
 
 
 def ungroup_patches(groups: Tensor, grid: tuple[int, int], side: int) -> Tensor:
     """Inverse of `group_patches`: [N, rows / side * columns / side, side * side * D] -> [N, rows * columns, D]."""
     rows, columns = grid
-    x = groups.reshape(len(groups), rows // side, columns // side, side, side, -1)
-    return x.transpose(2, 3).reshape(len(groups), rows * columns, -1)
+    x = groups.reshape(groups.shape[0], rows // side, columns // side, side, side, -1)
+    return x.transpose(2, 3).reshape(groups.shape[0], rows * columns, -1)
 
 
 def _build_norm(config: ProjectorConfig, width: int) -> nn.Module:
@@ -66,4 +67,4 @@ def _build_norm(config: ProjectorConfig, width: int) -> nn.Module:
 
 def append_newline(tokens: Tensor, newline: Tensor) -> Tensor:
     """One trained token [D] behind each image's tokens: [N, P, D] -> [N, P + 1, D]."""
-    return torch.cat([tokens, newline.to(tokens.dtype).expand(len(tokens), 1, -1)], dim=1)
+    return torch.cat([tokens, newline.to(tokens.dtype).expand(tokens.shape[0], 1, -1)], dim=1)

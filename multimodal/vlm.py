@@ -9,10 +9,9 @@ from multimodal.attention import causal_mask
 from multimodal.config import ProjectorConfig, VLMConfig
 from multimodal.decoder import EMBEDDING_STD, Decoder, arange_positions, initialise
 from multimodal.projector import Projector, append_newline
+from multimodal.questions import IMAGE, expand_images
 from multimodal.sampling import SamplingConfig, choose
 from multimodal.vision import VisionTower
-
-IMAGE = -1  # stands in a list of ids where a position holds an image token
 
 
 class VLM(nn.Module):
@@ -114,22 +113,10 @@ class VLM(nn.Module):
         The config's image token stands once per image or once per image position; without one in `ids` the images come first.
         Raises ValueError for another count, or more images than the model has places for.
         """
-        per_image, marker = self.tokens_per_image, self.config.image_token_id
         if num_images and self.config.vision is None:
             raise ValueError(f"{num_images} images; the model has no image tower (VLMConfig.vision). Ask with text alone.")
-        if self.config.image_positions and num_images > self.config.num_cameras:
-            places = self.config.num_cameras
-            raise ValueError(f"{num_images} images; the model has places for {places} (VLMConfig.num_cameras).")
-        marked = sum(token == marker for token in ids)
-        if marked not in (0, num_images, num_images * per_image):
-            raise ValueError(
-                f"The prompt marks {marked} image positions for {num_images} images of {per_image} tokens; expected none, one "
-                f"per image ({num_images}) or one per token ({num_images * per_image})."
-            )
-        if marked == 0:
-            return [IMAGE] * (num_images * per_image) + list(ids)
-        times = 1 if marked == num_images * per_image else per_image
-        return [each for token in ids for each in ([IMAGE] * times if token == marker else [token])]
+        places = self.config.num_cameras if self.config.image_positions else None
+        return expand_images(ids, num_images, self.tokens_per_image, self.config.image_token_id, places)
 
     def embed_prompt(self, ids: Sequence[int], features: Tensor | None) -> Tensor:
         """Expanded ids (`IMAGE` at image positions) and image_features [N, P, hidden_size] -> [T, hidden_size]."""

@@ -124,7 +124,7 @@ def request_of(message: dict[str, Any], engine: Engine) -> Request:
     images = tuple(message["images"])
     room = message["max_tokens"]
     if room is None:
-        taken = len(engine.target.encode(prompt)) + len(images) * engine.limits.tokens_per_image
+        taken = len(engine.target.encode(prompt, len(images))) + len(images) * engine.limits.tokens_per_image
         room = max(1, engine.limits.context - taken)
     return Request(
         prompt=prompt,

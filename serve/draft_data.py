@@ -20,9 +20,13 @@ class CorpusDialogues:
 
     def __init__(self, root: Path | str, split: str, target: Target, *, limit: int | None = None) -> None:
         """limit: scenes to take, evenly spaced. Raises FileNotFoundError or ValueError as the corpus's reader does."""
+        from multimodal.corpus_file import read_manifest
         from multimodal.data import SceneTexts
+        from multimodal.dialogue import encode_dialogue
 
-        self._scenes = SceneTexts(root, split, target.tokenizer, limit=limit)
+        cameras = len(read_manifest(Path(root).expanduser()).cameras)
+        encode = target.encode_turns or (lambda turns, _: encode_dialogue(target.tokenizer, turns))
+        self._scenes = SceneTexts(root, split, target.tokenizer, limit=limit, encode=lambda turns: encode(turns, cameras))
         self._tokenizer = target.tokenizer
         self._places = [(scene, text) for scene, texts in enumerate(self._scenes.texts) for text in range(len(texts))]
         self._answers: dict[int, tuple[int, ...]] = {}  # by number, where the target answered itself

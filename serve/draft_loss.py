@@ -93,7 +93,7 @@ class Teacher:
             key = image_key(image)
             features = self._cache.get(key)
             if features is None:
-                features = self.vlm.image_features(self.target.prepare(image).to(self.vlm.projector.weight)[None])[0]
+                features = self.vlm.image_features(self.target.prepare_all([image]))[0]
                 self._cache.put(key, features)
             found.append(features)
         return torch.stack(found) if found else None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from multimodal.sampling import choose
 from multimodal.vlm import image_runs
+from multimodal.vlm_folder import most_images
 from serve.answer_text import AnswerText
 from serve.controller import Controller, FixedController, Round
 from serve.drafters import Drafter, DraftLimits
@@ -67,11 +68,12 @@ class Engine:
         vlm = target.vlm.eval()
         self.runner = Runner(vlm, self.config.max_batch, self.config.context + self.config.max_nodes + 1)
         self.image_cache = ImageCache(self.config.image_cache_bytes)
+        places = most_images(vlm)
         self.limits = Limits(
             vocab_size=vlm.config.vocab_size,
             context=self.config.context,
             tokens_per_image=vlm.tokens_per_image,
-            max_images=vlm.config.num_cameras,
+            max_images=self.config.context // max(1, vlm.tokens_per_image) if places is None else places,
             max_pixels=self.config.max_pixels,
             min_side=target.min_side,
         )
@@ -88,9 +90,10 @@ class Engine:
     def submit(self, request: Request) -> int:
         """Queue a request; its id. Raises the RequestError that names what is wrong with it, before any compute."""
         check_request(request, self.limits)
-        ids = self.target.encode(request.prompt) if isinstance(request.prompt, str) else list(request.prompt)
+        count, asked = len(request.images), request.prompt
         try:
-            prompt = self.target.vlm.expand_prompt(ids, len(request.images))
+            ids = self.target.encode(asked, count) if isinstance(asked, str) else list(asked)
+            prompt = self.target.vlm.expand_prompt(ids, count)
         except ValueError as error:
             raise InvalidRequest("prompt", str(error)) from error
         check_length(len(prompt), request, self.limits)
@@ -204,9 +207,7 @@ class Engine:
     def _image_features(self, key: str, image: np.ndarray) -> Tensor:
         features = self.image_cache.get(key)
         if features is None:
-            weight = self.target.vlm.projector.weight
-            pixels = self.target.prepare(image).to(weight)
-            features = self.target.vlm.image_features(pixels[None])[0]
+            features = self.target.vlm.image_features(self.target.prepare_all([image]))[0]
             self.image_cache.put(key, features)
         return features
 

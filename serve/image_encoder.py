@@ -17,16 +17,15 @@ class PolicyTower:
     def __init__(self, policy: TorchPolicy) -> None:
         self._policy, self.content_hash = policy, policy.content_hash
         size, vlm = policy.spec.image_size, policy.model.vlm
-        width, tokens = vlm.config.decoder.hidden_size, vlm.vision.tokens_per_image
+        width, tokens = vlm.config.decoder.hidden_size, vlm.tokens_per_image
         self.inputs = (TensorSpec("image", "UINT8", (-1, size, size, 3)),)
         self.outputs = (TensorSpec("tokens", "FP32", (-1, tokens, width)), TensorSpec("embedding", "FP32", (-1, width)))
 
     @torch.inference_mode()
     def infer(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         policy = self._policy
-        pixels = torch.as_tensor(np.array(tensors["image"]))[:, None].to(policy.device)  # [B, 1, S, S, 3]
-        vlm = policy.model.vlm
-        tokens = vlm.projector(vlm.vision(prepare_images(pixels, policy.assets.images)))  # without the camera's own embedding
+        pixels = torch.as_tensor(np.array(tensors["image"])).to(policy.device)
+        tokens = policy.model.vlm.image_features(prepare_images(pixels, policy.assets.images))  # without the camera's embedding
         return {"tokens": tokens.float().cpu().numpy(), "embedding": tokens.float().mean(1).cpu().numpy()}
 
 

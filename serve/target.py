@@ -7,12 +7,14 @@ from typing import Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from multimodal.images import ImageConfig, prepare_images
+from multimodal.images import ImageConfig, prepare_images, scale_frame
 from multimodal.layers import Rotary
 from multimodal.vlm import VLM
+from multimodal.vlm_folder import check_answers, open_vlm
+
+Turn = tuple[str, str]  # question, answer
 
 
 class Tokenizer(Protocol):
@@ -35,33 +37,31 @@ class Target:
     images: ImageConfig = field(default_factory=ImageConfig)
     eos_ids: tuple[int, ...] = ()
     frame_size: int | None = None  # pixels of the shorter side in training; other images are scaled to it first
-    encode_question: Callable[[str], Sequence[int]] | None = None  # text -> prompt ids; None: what the tokenizer says
+    # text, number of images -> prompt ids, the model's image token at its images if it has one; None: what the tokenizer says
+    encode_question: Callable[[str, int], Sequence[int]] | None = None
+    # questions and answers, number of images -> ids, which of them are answers; None: multimodal.dialogue
+    encode_turns: Callable[[Sequence[Turn], int], tuple[list[int], list[bool]]] | None = None
     name: str = ""  # content hash of its checkpoint
 
     def __post_init__(self) -> None:
-        decoder, vocab_size = self.vlm.config.decoder, self.vlm.config.vocab_size
-        if decoder.positions == "mrotary":
-            raise ValueError("The engine counts positions along one axis; a model with positions='mrotary' needs three.")
-        if getattr(decoder, "sliding_window", None) is not None:
-            raise ValueError("The engine's slots hold all of the past; a model with a sliding window would see too much of it.")
+        vocab_size = self.vlm.config.vocab_size + self.vlm.config.num_new_tokens
+        check_answers(self.vlm.config)
         if self.tokenizer.vocab_size > vocab_size:
             ids = self.tokenizer.vocab_size
             raise ValueError(f"The tokenizer has {ids} ids, the model {vocab_size}: they do not belong together.")
 
-    def encode(self, text: str) -> list[int]:
-        """The prompt's ids, without images."""
-        return list((self.encode_question or self.tokenizer.encode)(text))
+    def encode(self, text: str, num_images: int = 0) -> list[int]:
+        """The prompt's ids, images unexpanded: `VLM.expand_prompt` comes next. Raises ValueError for what cannot be asked."""
+        return list(self.tokenizer.encode(text) if self.encode_question is None else self.encode_question(text, num_images))
+
+    def prepare_all(self, images: Sequence[np.ndarray]) -> Tensor:
+        """uint8 [H, W, 3] each -> [N, 3, h, w] as the model's tower takes them."""
+        weight = self.vlm.text_embedding.weight
+        return torch.stack([self.prepare(image) for image in images]).to(weight)
 
     def prepare(self, image: np.ndarray) -> Tensor:
         """uint8 [H, W, 3] -> float32 [3, h, w] in the tower's range."""
-        pixels = torch.as_tensor(np.ascontiguousarray(image))
-        side = min(image.shape[:2])
-        if self.frame_size is not None and side != self.frame_size:
-            size = [round(length * self.frame_size / side) for length in image.shape[:2]]
-            planes = pixels.permute(2, 0, 1)[None].float()
-            scaled = F.interpolate(planes, size, mode="bilinear", antialias=True, align_corners=False)
-            pixels = scaled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
-        return prepare_images(pixels, self.images)
+        return prepare_images(scale_frame(torch.as_tensor(np.ascontiguousarray(image)), self.frame_size), self.images)
 
     @property
     def min_side(self) -> int:
@@ -79,19 +79,22 @@ def cast(module: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def load_target(path: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Target:
-    """The model of a checkpoint folder of `vla train-vlm`. Raises FileNotFoundError or ValueError saying what is wrong with it.
-    """
-    from multimodal.dialogue import EOS, encode_prompt
-    from multimodal.vlm_checkpoint import load_vlm
+    """The model of a folder of `vla train-vlm`, or of a published model (multimodal/pretrained).
 
-    loaded = load_vlm(path)
-    tokenizer = loaded.assets.tokenizer
+    Raises FileNotFoundError, OSError or ValueError saying what is wrong with it, or why it cannot be asked here.
+    """
+    loaded = open_vlm(path, dtype=dtype)
+    try:
+        check_answers(loaded.model.config)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot answer here: {error}") from error
     return Target(
         vlm=cast(loaded.model, dtype).to(device),
-        tokenizer=tokenizer,
-        images=loaded.assets.images,
-        eos_ids=(tokenizer.token_id(EOS),),
-        frame_size=loaded.assets.image_size,
-        encode_question=lambda question: encode_prompt(tokenizer, question),
+        tokenizer=loaded.tokenizer,
+        images=loaded.images,
+        eos_ids=loaded.eos_ids,
+        frame_size=loaded.frame_size,
+        encode_question=loaded.encode,
+        encode_turns=loaded.encode_turns,
         name=loaded.content_hash,
     )

@@ -155,3 +155,18 @@ def save_model(name: str, folder: Path, *, sharded: bool = False, seed: int = 0)
         parameter.data.add_(torch.randn_like(parameter) * noise)
     model.save_pretrained(folder, max_shard_size="8KB" if sharded else "1GB")
     return model
+
+
+def write_words(folder: Path) -> None:
+    """A tokenizer of VOCAB words for a model of `save_model`: <s> leads, </s> pads, id IMAGE is an image."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", "ASSISTANT:", "USER:", "pick", "up", "the", "cup"]
+    words += [f"word{index}" for index in range(len(words), VOCAB)]
+    words[IMAGE] = "<image>"
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(["<pad>", "<s>", "</s>", "<image>"])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}')

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 
-import vla.export
+import multimodal.onnx_compare
 import vla.onnx_parity
+from multimodal.layers import RMSNorm
 from multimodal.onnx_runner import OnnxRunner
-from multimodal.onnx_writer import OPSET, halved, quantise, write_graph
+from multimodal.onnx_writer import OPSET, OnnxGraph, halved, quantise, write_graph
 from sim.compare_policies import ComparePoliciesConfig
 from sim.evaluate import PolicySource, load_source
 from tests.exporting import SharedGraphs, write_checkpoint
@@ -59,7 +61,7 @@ def exports(checkpoints, data, shared, tmp_path_factory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("exports")
     with pytest.MonkeyPatch.context() as patch:
         for head, checkpoint in checkpoints.items():
-            patch.setattr(vla.export, "write_graph", shared.of(head))
+            patch.setattr(multimodal.onnx_compare, "write_graph", shared.of(head))
             export_policy(settings(checkpoint, root / head, data))
     return {head: root / head for head in HEADS}
 
@@ -184,8 +186,8 @@ def test_chunks_decoded_otherwise_are_refused(exports, checkpoints, data, tmp_pa
 
 def test_what_fails_the_gate_leaves_the_old_export_alone(exports, checkpoints, data, shared, tmp_path, monkeypatch):
     output = shutil.copytree(exports["l1"], tmp_path / "export")
-    monkeypatch.setattr(vla.export, "write_graph", shared.of("flow"))
-    monkeypatch.setattr(vla.onnx_parity, "MAX_ABS", 0.0)
+    monkeypatch.setattr(multimodal.onnx_compare, "write_graph", shared.of("flow"))
+    monkeypatch.setattr(multimodal.onnx_compare, "MAX_ABS", 0.0)
     with pytest.raises(ValueError, match="is not the policy: vision: image_tokens"):
         export_policy(settings(checkpoints["flow"], output, data))
     assert load_onnx_policy(output).manifest.head["type"] == "l1" and [path.name for path in tmp_path.iterdir()] == ["export"]
@@ -245,6 +247,17 @@ def whole_size(exports: dict[str, Path]) -> int:
     return (exports["discrete_diffusion"] / "step.onnx").stat().st_size
 
 
+def test_a_norm_is_one_operator_of_onnxruntime(tmp_path):
+    norm, x = RMSNorm(8, 1e-6), torch.randn(3, 8)
+    norm.weight.data.uniform_(0.5, 2.0)
+    path = write_graph(OnnxGraph("norm", norm, {"x": x}, ("y",), {"x": {0: "batch"}}), tmp_path)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    assert [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node] == ["SimplifiedLayerNormalization"]
+    np.testing.assert_allclose(OnnxRunner(path, threads=1).run({"x": x.numpy()})["y"], norm(x).detach().numpy(), atol=1e-6)
+
+
 @pytest.mark.check
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 @pytest.mark.parametrize("head", ["discrete_diffusion", "flow"])
@@ -301,7 +314,7 @@ def test_the_verb_exports_and_what_cannot_be_exported_is_one_line(exports, check
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "export").exists() and (tmp_path / "full" / "thesis.txt").exists()
-    monkeypatch.setattr(vla.export, "write_graph", shared.of("parallel"))
+    monkeypatch.setattr(multimodal.onnx_compare, "write_graph", shared.of("parallel"))
     assert cli(["export", *good]) == 0
     printed = capsys.readouterr().out
     assert "80 real observations" in printed and f"vla eval --policy.path={tmp_path / 'export'}" in printed

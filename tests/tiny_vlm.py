@@ -54,12 +54,12 @@ def pixels(model: Target, asked: Request) -> Tensor | None:
     """The request's images as the tower takes them."""
     if not asked.images:
         return None
-    return torch.stack([model.prepare(image) for image in asked.images]).to(model.vlm.projector.weight)
+    return model.prepare_all(asked.images)
 
 
 def naive(model: Target, asked: Request) -> list[int]:
     """The answer's ids by the slow truth; stop strings are not its business."""
-    ids = model.encode(asked.prompt) if isinstance(asked.prompt, str) else asked.prompt
+    ids = model.encode(asked.prompt, len(asked.images)) if isinstance(asked.prompt, str) else asked.prompt
     prompt = model.vlm.expand_prompt(ids, len(asked.images))
     ends = {*asked.stop_ids, *(() if asked.ignore_eos else model.eos_ids)}
     options = {"sampling": asked.sampling, "max_tokens": asked.max_tokens, "stop_ids": ends}

@@ -85,7 +85,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "export": Verb(
             "vla.export:main",
-            "policy -> ONNX folder that runs without torch, checked against torch",
+            "policy, vision-language model or encoder -> ONNX folder that runs without torch, checked against torch",
             "vla export --policy.path=RUN/checkpoints/last/policy --output_dir=EXPORT --dataset.root=DATA",
         ),
     },
@@ -94,6 +94,12 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "serve.generate:main",
             "ask a vision-language model; the answer streams",
             "vla generate --vlm=RUN/checkpoints/last/policy --prompt='What is on the table?' --images=[frame.png]",
+        ),
+        "ask": Verb(
+            "multimodal.onnx_generate:run",
+            "ask an exported model (`vla export --vlm.path`), without torch",
+            "vla ask --vlm=EXPORT --prompt='What is on the table?' --images=[frame.png]",
+            config="multimodal.onnx_generate:AskConfig",
         ),
         "train-draft": Verb(
             "serve.train_draft:main",

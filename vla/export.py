@@ -1,4 +1,8 @@
-"""Checkpoint -> a folder of ONNX graphs that is a policy by itself, behind a gate that compares the two (`vla export`)."""
+"""Checkpoint -> a folder of ONNX graphs that is a policy by itself, behind a gate that compares the two (`vla export`).
+
+The verb exports three things: policies (here), vision-language models (multimodal/export_vlm.py) and encoders
+(multimodal/export_encoder.py).
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,11 +11,12 @@ from pathlib import Path
 
 from multimodal.checkpoint import replaced_folder
 from multimodal.config import check_choice
-from multimodal.onnx_runner import OnnxRunner
-from multimodal.onnx_writer import OPSET, PACKAGES, PRECISIONS, check_packages, halved, write_graph
+from multimodal.onnx_compare import print_graphs, write_graphs
+from multimodal.onnx_folder import TOKENIZER, check_new_folder, file_hashes
+from multimodal.onnx_writer import OPSET, PACKAGES, PRECISIONS, check_packages, halved
 from vla.frame_cache import FrameCache
 from vla.onnx_graphs import policy_graphs
-from vla.onnx_manifest import MANIFEST, TOKENIZER, OnnxManifest, file_hashes, is_onnx_policy
+from vla.onnx_manifest import OnnxManifest, is_onnx_policy
 from vla.onnx_parity import IDENTICAL, Parity, measure, real_observations
 from vla.onnx_policy import load_onnx_policy
 from vla.policy import TorchPolicy, load_policy, package_versions
@@ -21,16 +26,23 @@ CHECKS = ("observations", "graphs", "closed_loop")
 
 @dataclass(frozen=True)
 class ExportSource:
-    """Which policy."""
+    """Which model."""
 
-    path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy
+    path: str = ""  # checkpoint folder, e.g. RUN/checkpoints/last/policy; a vlm may be a published model's folder
+
+
+@dataclass(frozen=True)
+class EncoderSource:
+    """Which encoder."""
+
+    factory: str = ""  # module:function, called without arguments, which gives a multimodal.onnx_encoder.EncoderExport
 
 
 @dataclass(frozen=True)
 class CheckData:
-    """Real observations for the gate."""
+    """Real observations for the gate, or questions about real images."""
 
-    root: Path | None = None  # data set folder, or its frame cache
+    root: Path | None = None  # data set folder or its frame cache; for a vlm a corpus (`vla corpus`)
     observations: int = 80  # at least 64 must give identical tokens (float32)
 
 
@@ -49,6 +61,8 @@ class ExportConfig:
     """Settings of `vla export`."""
 
     policy: ExportSource = field(default_factory=ExportSource)
+    vlm: ExportSource = field(default_factory=ExportSource)  # instead of a policy
+    encoder: EncoderSource = field(default_factory=EncoderSource)  # instead of a policy
     output_dir: Path | None = None  # a new folder, or an earlier export, which is replaced once the new one has passed
     precision: str = "float32"  # float32 | float16 | int8
     check: str = "observations"  # observations | graphs (no data set needed) | closed_loop: observations, then simulation
@@ -83,12 +97,7 @@ def write_folder(policy: TorchPolicy, folder: Path, precision: str) -> OnnxManif
     assets = policy.assets
     (folder / TOKENIZER).write_text(assets.text_tokenizer.to_json())
     model = halved(policy.model) if precision == "float16" else policy.model
-    graphs = {}
-    for graph in policy_graphs(model, assets.head.type):
-        path = write_graph(graph, folder, precision)
-        runner = OnnxRunner(path)
-        ports = {"inputs": runner.inputs, "outputs": runner.outputs}
-        graphs[graph.name] = {"file": path.name} | {kind: [asdict(port) for port in some] for kind, some in ports.items()}
+    graphs = write_graphs(policy_graphs(model, assets.head.type), folder, precision)
     manifest = OnnxManifest(
         precision=precision,
         opset=OPSET,
@@ -114,14 +123,11 @@ def checked_paths(config: ExportConfig) -> tuple[Path, Path, FrameCache | None]:
     """Checkpoint, output folder and open frame cache (None where no data set is wanted), before anything slow is done."""
     check_packages()
     if not config.policy.path:
-        raise ValueError("Which policy? Give --policy.path=RUN/checkpoints/last/policy.")
-    if config.output_dir is None:
-        raise ValueError("Where to? Give --output_dir=FOLDER.")
-    source, output = Path(config.policy.path).expanduser(), Path(config.output_dir).expanduser()
+        raise ValueError("Which model? Give --policy.path=RUN/checkpoints/last/policy, --vlm.path or --encoder.factory.")
+    source, output = Path(config.policy.path).expanduser(), checked_output(config)
     if is_onnx_policy(source):
         raise ValueError(f"{source} is an exported policy already; give the checkpoint that it was made from.")
-    if output.exists() and not (output / MANIFEST).is_file() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"{output} holds something else than an exported policy; choose a new folder (--output_dir).")
+    check_new_folder(output)
     if config.check == "graphs":
         return source, output, None
     if config.dataset.root is None:
@@ -134,16 +140,7 @@ def checked_paths(config: ExportConfig) -> tuple[Path, Path, FrameCache | None]:
 
 def print_parity(parity: Parity) -> None:
     """The worst output of every graph, and the chunks."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("graph", "worst output", "batch", "max |difference|", "lowest cosine", title=f"{parity.precision} against torch")
-    for name in dict.fromkeys(part.graph for part in parity.graphs):
-        parts = [part for part in parity.graphs if part.graph == name]
-        worst = max(parts, key=lambda part: part.max_abs)
-        lowest = min(part.cosine for part in parts)
-        table.add_row(name, worst.output, worst.batch, f"{worst.max_abs:.1e}", f"{lowest:.6f}")
-    Console().print(table)
+    print_graphs(parity.graphs, parity.precision)
     if parity.chunks is not None:
         chunks = parity.chunks
         parts = [f"{chunks.identical} chunks identical"]
@@ -166,6 +163,50 @@ def main(argv: Sequence[str]) -> int:
     from vla.cli import VERBS, parse_config, resolve
 
     config = parse_config(ExportConfig, argv, verb="export")
+    asked = {"policy": config.policy.path, "vlm": config.vlm.path, "encoder": config.encoder.factory}
+    given = [name for name, value in asked.items() if value]
+    if len(given) > 1:
+        raise ValueError(f"One model at a time: --{given[0]} and --{given[1]} are both given.")
+    if given == ["vlm"]:
+        return export_language(config)
+    if given == ["encoder"]:
+        return export_one_encoder(config)
     export_policy(config)
     print(f"exported: {config.output_dir}\nnext: vla eval --policy.path={config.output_dir} --suite=... --episodes=50")
     return resolve(VERBS["compare-policies"].target)(closed_loop_arguments(config)) if config.check == "closed_loop" else 0
+
+
+def export_language(config: ExportConfig) -> int:
+    """`vla export --vlm.path`."""
+    from multimodal.export_vlm import export_vlm
+
+    output = checked_output(config)
+    if config.check == "closed_loop":
+        raise ValueError("--check=closed_loop compares policies; a vision-language model takes observations or graphs.")
+    if config.check == "observations" and config.dataset.root is None:
+        raise ValueError(
+            "The check asks real questions: give --dataset.root=CORPUS (made by `vla corpus`), or --check=graphs to compare "
+            "the graphs on random numbers only."
+        )
+    corpus = None if config.check == "graphs" else config.dataset.root.expanduser()
+    export_vlm(config.vlm.path, output, config.precision, corpus, config.dataset.observations)
+    print(f"exported: {output}\nnext: vla ask --vlm={output} --prompt='...' --images=[frame.png]")
+    return 0
+
+
+def export_one_encoder(config: ExportConfig) -> int:
+    """`vla export --encoder.factory`."""
+    from multimodal.export_encoder import export_encoder
+    from vla.cli import resolve
+
+    output = checked_output(config)
+    export_encoder(resolve(config.encoder.factory)(), output, config.precision)
+    print(f"exported: {output}\nnext: multimodal.onnx_encoder.load_onnx_encoder({str(output)!r}).embed(inputs)")
+    return 0
+
+
+def checked_output(config: ExportConfig) -> Path:
+    """Raises ValueError without an output folder."""
+    if config.output_dir is None:
+        raise ValueError("Where to? Give --output_dir=FOLDER.")
+    return config.output_dir.expanduser()

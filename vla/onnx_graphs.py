@@ -4,7 +4,8 @@
     prefill   image_tokens, state [B, S], text_ids, text_mask [B, T] -> is_real [B, P'], keys.i, values.i [B, kv, P', d]
     step      of the head's kind, with is_real and the cache as further inputs:
       tokens    tokens [B, L] -> logits [B, L, V]
-      causal    previous [B, 1], slot [1], slot_keys.i, slot_values.i [B, kv, L, d] -> logits [B, 1, V], new_keys.i, new_values.i
+      causal    previous [B, 1], slot [1], slot_keys.i, slot_values.i [B, kv, L, d]
+                -> logits [B, 1, V], new_keys.i, new_values.i
       steps     values [B, H, D], times [B, H] -> predictions [B, H, D]
 
 One cache entry per layer i. B, T and P' are dynamic. Logits of ids that a slot may not hold are in: who decodes masks them.

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
+from multimodal.onnx_compare import COSINE, MAX_ABS, GraphParity, compare_graph, graph_failures
 from vla.decision import KnownActions, known_actions
 from vla.frame_cache import FrameCache
 from vla.interface import Observation
@@ -23,25 +23,12 @@ from vla.onnx_graphs import policy_graphs
 from vla.onnx_policy import OnnxPolicy
 from vla.policy import TorchPolicy
 
-MAX_ABS = 1e-4  # float32: any output of a graph
 ACTION_MAX_ABS = 1e-3  # float32: any action, as ActionTokenizer.to_unit scales it
 IDENTICAL = 64  # float32: chunks with the same tokens, at least
-COSINE = 0.999  # lower precisions: every output of a graph
 ACTION_L1 = 0.01  # lower precisions: mean over all actions, scaled like that
 PERTURBATION, DISTURBED = 1e-6, 32
 MAX_TIES = 0.05  # of the observations
 BATCH = 8
-
-
-@dataclass(frozen=True)
-class GraphParity:
-    """One output of one graph on one batch."""
-
-    graph: str
-    output: str
-    batch: str  # random, or real: observations of the data set
-    max_abs: float
-    cosine: float
 
 
 @dataclass(frozen=True)
@@ -67,21 +54,17 @@ class Parity:
     @property
     def failures(self) -> list[str]:
         """What is beyond its limit, in words; [] if the export passes."""
-        failed = []
-        for part in self.graphs:
-            name = f"{part.graph}: {part.output} ({part.batch})"
-            if self.precision == "float32" and not part.max_abs <= MAX_ABS:
-                failed.append(f"{name} is {part.max_abs:.1e} off, allowed {MAX_ABS:.0e}")
-            if self.precision != "float32" and not part.cosine >= COSINE:
-                failed.append(f"{name} has cosine {part.cosine:.5f}, needed {COSINE}")
+        failed = graph_failures(self.graphs, self.precision)
         if self.chunks is None:
             return failed
         chunks = self.chunks
         if self.precision != "float32":
-            return failed + ([f"actions are {chunks.l1:.4f} off in the mean, allowed {ACTION_L1}"] if chunks.l1 > ACTION_L1 else [])
+            is_far = chunks.l1 > ACTION_L1
+            return failed + ([f"actions are {chunks.l1:.4f} off in the mean, allowed {ACTION_L1}"] if is_far else [])
         different = chunks.observations - chunks.identical - chunks.ties
         if different:
-            failed.append(f"{different} of {chunks.observations} chunks differ from torch's (actions up to {chunks.max_abs:.1e})")
+            off = f"actions up to {chunks.max_abs:.1e}"
+            failed.append(f"{different} of {chunks.observations} chunks differ from torch's ({off})")
         elif chunks.identical < IDENTICAL:
             failed.append(f"{chunks.identical} chunks identical, needed {IDENTICAL}: take more observations")
         if chunks.ties > MAX_TIES * chunks.observations:
@@ -129,12 +112,9 @@ def graph_parity(
         for port in runner.inputs:
             if port.name not in values:
                 values[port.name] = random_step_input(reference, port.name, port.shape, len(inputs["state"]), generator)
-        feeds = {port.name: values[port.name].astype(port.dtype) for port in runner.inputs}
-        expected = _run(graph.module, [values[name] for name in graph.inputs])
-        got = runner.run(feeds)
-        for name, wanted in zip(graph.outputs, expected, strict=True):
-            values[name] = wanted
-            rows.append(GraphParity(graph.name, name, batch, *_distance(wanted, got[name])))
+        parts, wanted = compare_graph(graph, runner, values, batch)
+        values |= wanted
+        rows += parts
     return rows
 
 
@@ -164,20 +144,6 @@ def random_step_input(
     if name == "slot":
         return np.array([config.num_slots // 2])
     return (generator.random(size) if name == "times" else generator.normal(size=size)).astype(np.float32)
-
-
-def _run(module: nn.Module, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    result = module(*(torch.from_numpy(value) for value in inputs))
-    return [tensor.numpy() for tensor in (result if isinstance(result, tuple) else (result,))]
-
-
-def _distance(wanted: np.ndarray, got: np.ndarray) -> tuple[float, float]:
-    """Largest |difference| and cosine; a result that is not finite is infinitely far."""
-    a, b = wanted.astype(np.float64).ravel(), got.astype(np.float64).ravel()
-    if a.shape != b.shape or not np.isfinite(b).all():
-        return float("inf"), -1.0
-    norm = np.sqrt((a @ a) * (b @ b))
-    return float(np.abs(a - b).max()), float(a @ b / norm) if norm > 0 else float(a @ a == b @ b)
 
 
 # ------------------------------------------------------------------------------------------------------------------ chunks
@@ -264,8 +230,9 @@ def real_observations(
     ours, theirs = ((kind.image_size, kind.state_names, kind.action_names) for kind in (spec, cache.spec))
     if missing or ours != theirs or cache.num_frames < count:
         raise ValueError(
-            f"{cache.root} holds {cache.num_frames} frames of robot {cache.spec.name!r} with cameras {list(cache.spec.cameras)}; "
-            f"the check needs {count} of {spec.name!r} with cameras {list(spec.cameras)}, equal image size, state and actions."
+            f"{cache.root} holds {cache.num_frames} frames of robot {cache.spec.name!r} with cameras "
+            f"{list(cache.spec.cameras)}; the check needs {count} of {spec.name!r} with cameras {list(spec.cameras)}, equal "
+            "image size, state and actions."
         )
     observations: list[Observation] = []
     known: list[np.ndarray | None] = []

@@ -10,6 +10,7 @@ import numpy as np
 
 from multimodal.config import ImageConfig
 from multimodal.numpy_images import prepare_images
+from multimodal.onnx_folder import TOKENIZER, as_tuples, manifest_hash
 from multimodal.onnx_runner import OnnxRunner
 from multimodal.tokenizer import TextTokenizer
 from vla.action_tokenizer import ActionTokenizer
@@ -17,7 +18,7 @@ from vla.decision import Decision, KnownActions, action_chunks, known_actions
 from vla.interface import ActionChunk, Observation, RobotSpec
 from vla.normalization import Statistics
 from vla.onnx_heads import OnnxHead, OnnxPrefix
-from vla.onnx_manifest import TOKENIZER, OnnxManifest, as_tuples, manifest_hash
+from vla.onnx_manifest import OnnxManifest
 from vla.transforms import Transforms
 from vla.unmasking import DecodeConfig
 

@@ -38,7 +38,8 @@ def describe(folder: Path) -> Description:
     if not folder.is_dir():
         raise FileNotFoundError(f"No folder {folder}. Check the path; a Hub repository is written owner/name.")
     if not path.is_file():
-        hint = " It is a policy of ours: give it as --policy.path or --start_from." if (folder / "config.yaml").is_file() else ""
+        is_ours = (folder / "config.yaml").is_file()
+        hint = " It is a policy of ours: give it as --policy.path or --start_from." if is_ours else ""
         raise FileNotFoundError(f"{folder} holds no config.json, so it is no published model.{hint}")
     raw = json.loads(path.read_text())
     kind = raw.get("model_type")
@@ -55,7 +56,9 @@ def describe(folder: Path) -> Description:
     except ValueError as error:
         raise ValueError(f"{folder} cannot be read as {family.name}: {error}") from error
     except (AttributeError, KeyError) as error:
-        raise ValueError(f"{folder}/config.json lacks {error} of a {family.name} model. Take the file of the published model.") from error
+        raise ValueError(
+            f"{folder}/config.json lacks {error} of a {family.name} model. Take the file of the published model."
+        ) from error
 
 
 def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
@@ -68,6 +71,6 @@ def _transformers_config(folder: Path, raw: Mapping[str, Any]) -> Any:
         written = raw.get("transformers_version", "an unnamed version")
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"transformers {__version__} does not understand {folder}/config.json, written by {written}: {reason}. Install one that "
-            f"does: pip install 'transformers>={written}'"
+            f"transformers {__version__} does not understand {folder}/config.json, written by {written}: {reason}. Install one "
+            f"that does: pip install 'transformers>={written}'"
         ) from error

@@ -14,7 +14,7 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 
 @dataclass(frozen=True)
 class Family:
-    """One layout. `build` takes the transformers config object (Prismatic: the dict) and raises ValueError for what is not ours."""
+    """One layout. `build` takes the transformers config object (Prismatic: the dict); ValueError for what is not ours."""
 
     name: str
     model_types: tuple[str, ...]  # config.json's model_type
@@ -31,7 +31,7 @@ _DECODERS = ("llama", "mistral", "qwen2", "qwen3", "gemma", "qwen2_vl", "qwen2_v
 
 
 def decoder_config(text: Any) -> DecoderConfig:
-    """Our settings of a transformers text config. Raises ValueError naming a setting that our decoder has no counterpart for."""
+    """Our settings of a transformers text config. Raises ValueError naming a setting without counterpart in our decoder."""
     if text.model_type not in _DECODERS:
         raise ValueError(f"the text model is a {text.model_type!r}; readable are {', '.join(_DECODERS)}.")
     kind, is_gemma = text.model_type, text.model_type == "gemma"
@@ -97,11 +97,16 @@ def _window(text: Any) -> int | None:
 
 
 def ties_embeddings(config: Any, text: Any) -> bool:
-    """Does the config allow a checkpoint without a language head? transformers asks the text config, old files the outer one."""
+    """Does the config allow a checkpoint without a language head?
+
+    transformers asks the text config, old files the outer one.
+    """
     return bool(getattr(text, "tie_word_embeddings", False) or getattr(config, "tie_word_embeddings", False))
 
 
-def transformers_vision(name: str, vision: Any, options: dict[str, Any], *, stage: int = -1, keep_class_token: bool = False) -> VisionConfig:
+def transformers_vision(
+    name: str, vision: Any, options: dict[str, Any], *, stage: int = -1, keep_class_token: bool = False
+) -> VisionConfig:
     """A tower of transformers at the image size it was trained with."""
     return VisionConfig(
         library="transformers", name=name, stage=stage, image_size=vision.image_size, options=options,

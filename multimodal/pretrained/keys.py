@@ -71,7 +71,9 @@ def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
             if not any(rule.pattern.fullmatch(name) for rule in ignored):
                 unread.append(name)
         elif ours in found:
-            raise ValueError(f"The checkpoint holds one weight twice: {found[ours]} and {name}. It mixes two layouts; save it again.")
+            raise ValueError(
+                f"The checkpoint holds one weight twice: {found[ours]} and {name}. It mixes two layouts; save it again."
+            )
         else:
             found[ours] = name
     return found, unread
@@ -80,10 +82,10 @@ def renamed(names: list[str], table: Table) -> tuple[dict[str, str], list[str]]:
 def read_weights(
     shards: Shards, names: list[str], table: Table, expected: Mapping[str, Tensor], dtype: torch.dtype | None, family: str
 ) -> dict[str, Tensor]:
-    """Of the stored `names` a tensor for each of `expected` (a state dict; only its shapes count), in `dtype` or, for None, as stored.
+    """Of the stored `names` a tensor for each of `expected` (a state dict; only its shapes count).
 
-    Raises ValueError naming every published weight that nothing reads, every weight of ours that is missing, and every shape
-    that differs.
+    dtype: of the tensors; None: as stored. Raises ValueError naming every published weight that nothing reads, every weight of
+    ours that is missing, and every shape that differs.
     """
     found, unread = renamed(names, table)
     unread += [found[name] for name in found.keys() - expected.keys()]

@@ -26,7 +26,7 @@ TABLE: Table = {
 
 
 def build(config: Any) -> VLMConfig:
-    """The released code divides image features by sqrt(hidden_size) and Gemma multiplies all of its inputs by it: only text is scaled."""
+    """Only text is scaled: the released code divides images by sqrt(hidden_size), by which Gemma multiplies all inputs."""
     text, vision = config.text_config, config.vision_config
     return VLMConfig(
         vision=transformers_vision("siglip", vision, tower_options("siglip", vision)),

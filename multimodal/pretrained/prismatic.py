@@ -66,7 +66,11 @@ def build(config: Mapping[str, Any]) -> VLMConfig:
     hidden = (4 * width, text.hidden_size) if len(names) > 1 else (text.hidden_size,)
     return VLMConfig(
         vision=VisionConfig(
-            library="timm_vit", name="+".join(_architecture(name) for name in names), stage=-2, image_size=sizes[0], options=options
+            library="timm_vit",
+            name="+".join(_architecture(name) for name in names),
+            stage=-2,
+            image_size=sizes[0],
+            options=options,
         ),
         decoder=decoder_config(text),
         vocab_size=text.vocab_size,
@@ -110,7 +114,9 @@ def _vit_width(names: list[str], options: list[dict[str, Any]]) -> int:
     import torch
 
     with torch.device("meta"):
-        vits = [timm.create_model(_architecture(name), num_classes=0, **given) for name, given in zip(names, options, strict=True)]
+        vits = [
+            timm.create_model(_architecture(name), num_classes=0, **given) for name, given in zip(names, options, strict=True)
+        ]
     return sum(vit.embed_dim for vit in vits)
 
 

@@ -1,4 +1,4 @@
-"""The weights of a published checkpoint: one safetensors file or several, memory-mapped, under the names they were saved with."""
+"""The weights of a published checkpoint: one safetensors file or several, memory-mapped, under the names they were saved by."""
 
 import json
 from collections.abc import Mapping
@@ -43,12 +43,16 @@ def _read_index(folder: Path) -> Mapping[str, str]:
     files = sorted(set(file_of.values()))
     absent = [file for file in files if not (folder / file).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder / INDEX} names {absent}, which are not there. Download the folder again: hf download.")
+        raise FileNotFoundError(
+            f"{folder / INDEX} names {absent}, which are not there. Download the folder again: hf download."
+        )
     stored = {name: file for file in files for name in _opened(folder / file).keys()}
     lost = sorted(name for name, file in file_of.items() if stored.get(name) != file)
     if lost or len(stored) != len(file_of):
         extra = sorted(stored.keys() - file_of.keys())
-        raise ValueError(f"{folder / INDEX} does not fit its files: not where it says {lost[:4]}, not in it {extra[:4]}. Download again.")
+        raise ValueError(
+            f"{folder / INDEX} does not fit its files: not where it says {lost[:4]}, not in it {extra[:4]}. Download again."
+        )
     return file_of
 
 
@@ -62,7 +66,9 @@ def _read_single(folder: Path) -> Mapping[str, str]:
             f"safetensors, or convert it: python -c \"from transformers import AutoModel as M; M.from_pretrained('{folder}')"
             f".save_pretrained('{folder}-safe')\""
         )
-    raise FileNotFoundError(f"{folder} holds neither {SINGLE} nor {INDEX}. Is it a model folder? Download it: hf download ID --local-dir {folder}")
+    raise FileNotFoundError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}. Is it a model folder? Download it: hf download ID --local-dir {folder}"
+    )
 
 
 def _opened(path: Path) -> safe_open:

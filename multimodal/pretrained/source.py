@@ -8,8 +8,9 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def local_folder(path: str | Path, revision: str | None = None) -> Path:
-    """The folder `path` (whose parent exists), or the local copy of the Hub repository "owner/name" (downloaded once, then from the cache).
+    """The folder `path` (whose parent exists), or the local copy of the Hub repository "owner/name".
 
+    A repository is downloaded once, then it comes from the cache.
     Raises FileNotFoundError or OSError of one message that says what to type: for a name that is neither, a repository that
     does not exist or asks for a login, or no network.
     """
@@ -39,15 +40,20 @@ def _download(repository: str, revision: str | None) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=FILES))
     except GatedRepoError as error:
         page = f"https://huggingface.co/{repository}"
-        raise OSError(f"{repository} asks for consent: accept its terms at {page}, then `hf auth login` and run this again.") from error
+        raise OSError(
+            f"{repository} asks for consent: accept its terms at {page}, then `hf auth login` and run this again."
+        ) from error
     except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"{repository} has no revision {revision!r}; leave the revision out for its main branch.") from error
+        raise FileNotFoundError(
+            f"{repository} has no revision {revision!r}; leave the revision out for its main branch."
+        ) from error
     except RepositoryNotFoundError as error:
         raise FileNotFoundError(
-            f"No folder {repository} here and no such repository on the Hub. Check the name; a private one needs `hf auth login`."
+            f"No folder {repository} here and no such repository on the Hub. Check the name; a private one needs "
+            "`hf auth login`."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, ConnectionError) as error:
         raise OSError(
-            f"No folder {repository} here, no copy of that repository in the cache, and the Hub cannot be reached. On a machine "
-            f"with a network: {fetch}; then give that FOLDER as the path here (or unset HF_HUB_OFFLINE if it is set)."
+            f"No folder {repository} here, no copy of that repository in the cache, and the Hub cannot be reached. On a "
+            f"machine with a network: {fetch}; then give that FOLDER as the path here (or unset HF_HUB_OFFLINE if it is set)."
         ) from error

@@ -33,6 +33,10 @@ class PublishedTokenizer(TextTokenizer):
             raise ValueError(f"The instruction {text!r} spells the special token {spelt[0]!r}; write it another way.")
         return encode_piece(self._tokenizer, self.prompt.template.replace("{instruction}", text))
 
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of a text without the template: what the model is to say."""
+        return encode_piece(self._tokenizer, text)
+
     @classmethod
     def from_json(cls, text: str, prompt: PromptConfig | None = None) -> "PublishedTokenizer":
         """Inverse of `to_json`, with the prompt that it was made for. Raises ValueError if the text is no tokenizer."""
@@ -49,8 +53,8 @@ def load_tokenizer(folder: Path, format: PromptFormat) -> PublishedTokenizer:
     if not path.is_file():
         made = f"from transformers import AutoTokenizer as T; T.from_pretrained('SOURCE').save_pretrained('{folder}')"
         raise FileNotFoundError(
-            f"{folder} holds no tokenizer.json. Write it there from the model it belongs to (slow tokenizers are converted, which "
-            f'needs sentencepiece): python -c "{made}"'
+            f"{folder} holds no tokenizer.json. Write it there from the model it belongs to (slow tokenizers are converted, "
+            f'which needs sentencepiece): python -c "{made}"'
         )
     tokenizer = _parse(path.read_text(), str(path))
     names = _special_names(folder)
