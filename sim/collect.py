@@ -51,6 +51,8 @@ class CollectConfig:
     episodes_per_task: int = 50  # successful ones
     workers: int = 2  # simulator processes
     noise: float = 0.0  # standard deviation added to executed motion, action units
+    random_starts: bool = False  # the hand begins at a random pose within reach, more or less open
+    mishaps: float = 0.0  # probability that an episode's hand is pushed once, or made to let go of what it carries
     image_size: int | None = None  # pixels, default: the suite's
     mesh_detail: float = 1.0  # share of the meshes' triangles drawn; 0.15 collects up to 3 times faster without a GPU
     max_steps: int | None = None  # default: the suite's openpi limit
@@ -80,6 +82,8 @@ class CollectConfig:
             "suite": self.suite,
             "split": SPLIT,
             "noise": self.noise,
+            "random_starts": self.random_starts,
+            "mishaps": self.mishaps,
             "image_size": self.image_size or get_suite(self.suite).image_size,
             "mesh_detail": self.mesh_detail,
             "max_steps": self.step_limit,
@@ -159,6 +163,8 @@ def attempt(config: CollectConfig, environment: Environment, expert: Callable[..
         start=start(SPLIT, job.index),
         max_steps=config.step_limit,
         noise=config.noise,
+        random_start=config.random_starts,
+        mishaps=config.mishaps,
     )
     outcome = {"success": episode.success, "steps": len(episode.action)}
     if episode.success:
@@ -265,9 +271,10 @@ def check_tasks(config: CollectConfig) -> None:
     unknown = [task for task in config.task_list if not 0 <= task < count]
     if unknown or not config.task_list:
         raise ValueError(f"Suite {config.suite!r} has no tasks {unknown}; allowed: 0 to {count - 1}.")
-    if config.episodes_per_task < 1 or not 0 <= config.noise <= 1:
+    if config.episodes_per_task < 1 or not 0 <= config.noise <= 1 or not 0 <= config.mishaps <= 1:
         raise ValueError(
-            f"episodes_per_task is {config.episodes_per_task} and noise {config.noise}; allowed: at least 1, and 0 to 1."
+            f"episodes_per_task is {config.episodes_per_task}, noise {config.noise} and mishaps {config.mishaps}; allowed: "
+            "at least 1, 0 to 1 and 0 to 1."
         )
 
 

@@ -15,6 +15,7 @@ NEW_LAYOUTS = (
     *("KITCHEN_SCENE5", "KITCHEN_SCENE10", "LIVING_ROOM_SCENE3", "LIVING_ROOM_SCENE6", "STUDY_SCENE2"),
     *("libero_object_6", "libero_object_9"),
 )
+WORDLESS = ("robosuite_can", "robosuite_door")  # suites of whose things sim/language/lexicon.py knows no words
 TASKS_PER_LAYOUT = 3  # each costs a model build of two seconds; the scenes are rearranged anyway
 STARTS = {TRAIN: "train", HELD_OUT: "validation"}  # split of the corpus -> range of sim/seeds.py
 
@@ -24,7 +25,7 @@ class CorpusConfig:
     """Settings of `vla corpus`."""
 
     output_dir: Path | None = None  # default: REMASK_HOME/datasets/corpus
-    suites: list[str] = field(default_factory=lambda: list(SUITES))
+    suites: list[str] = field(default_factory=lambda: [name for name in SUITES if name not in WORDLESS])
     scenes: int = 6000  # training scenes, each with one image per camera
     held_out_scenes: int = 600  # half of them of layouts that no training scene has
     texts_per_scene: int = 17
@@ -43,6 +44,8 @@ class CorpusConfig:
             raise ValueError(f"--rim={self.rim}: from 0 to less than a quarter of image_size {self.image_size}.")
         for suite in self.suites:
             get_suite(suite)
+            if suite in WORDLESS:
+                raise ValueError(f"--suites: sim/language/lexicon.py has no words for the things of {suite}; leave it out.")
 
     @property
     def root(self) -> Path:

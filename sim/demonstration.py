@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sim.disturbance import ClumsyActor, begin_elsewhere
 from sim.environment import Environment
 from sim.experts.programs import Expert, NoisyExpert
 from sim.seeds import Start
@@ -25,21 +26,32 @@ class Demonstration:
 
 
 def record(
-    environment: Environment, expert: Expert, *, task: int, start: Start, max_steps: int, noise: float = 0.0
+    environment: Environment,
+    expert: Expert,
+    *,
+    task: int,
+    start: Start,
+    max_steps: int,
+    noise: float = 0.0,
+    random_start: bool = False,
+    mishaps: float = 0.0,
 ) -> Demonstration:
     """Let an expert act until success or `max_steps`, rendering every step.
 
-    noise: see `NoisyExpert`; drawn under the start's seed. The demonstrations then show how to come back.
+    noise: see `NoisyExpert`; random_start: see `begin_elsewhere`, whose steps are not recorded; mishaps: see `ClumsyActor`.
+    All are drawn under the start's seed. The demonstrations then show how to come back.
     """
     spec = environment.spec
-    noisy = NoisyExpert(expert, noise, start.seed)
+    actor = ClumsyActor(NoisyExpert(expert, noise, start.seed), mishaps, start.seed)
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in spec.cameras}
     states, actions = [], []
     success = False
     environment.reset(task, start)
+    if random_start:
+        begin_elsewhere(environment, start.seed)
     while not success and len(actions) < max_steps:
         observation = environment.observe()
-        executed, action = noisy.act(environment.world())
+        executed, action = actor.act(environment.world())
         for camera in spec.cameras:
             images[camera].append(observation.images[camera])
         states.append(observation.state)

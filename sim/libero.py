@@ -21,13 +21,13 @@ from sim.environment import World
 from sim.robosuite_env import (
     OPEN_GRIPPER,
     Arm,
-    JointTargets,
     RegionSource,
     check_task,
     import_robosuite,
     make_options,
     seeded_numpy,
 )
+from sim.robosuite_tasks import JointTargets
 from sim.seeds import Start
 from sim.suites import Protocol, Suite, robot_spec
 from vla.home import remask_home

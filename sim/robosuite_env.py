@@ -1,4 +1,4 @@
-"""robosuite's Lift and Stack as Environments. The one importer of robosuite; its conventions end here."""
+"""robosuite's Lift, Stack, PickPlaceCan and Door as Environments. The one importer of robosuite; its conventions end here."""
 
 import contextlib
 import importlib.util
@@ -14,6 +14,7 @@ from sim.bodies import RigidPart, joints_below, rigid_part, scenery
 from sim.environment import Body, Joint, Region, World
 from sim.osc import OperationalSpaceControl
 from sim.rendering import Renderer, choose_gl_backend
+from sim.robosuite_tasks import CAN, TASKS, JointTargets
 from sim.seeds import Start
 from sim.suites import CAMERA_NAMES, Suite, robot_spec
 from vla.interface import Observation
@@ -21,13 +22,6 @@ from vla.interface import Observation
 START_NOISE = 0.02  # rad, standard deviation of arm joints at a start: robosuite's default, and LIBERO's stored states
 MODEL_SEED = 0  # robosuite draws the cube's size when it builds a model; fixed, so that processes agree
 OPEN_GRIPPER = np.array([0, 0, 0, 0, 0, 0, -1.0])
-INSTRUCTIONS = {"robosuite_lift": "lift the red cube", "robosuite_stack": "stack the red cube on the green cube"}
-ROBOSUITE_NAMES = {"robosuite_lift": "Lift", "robosuite_stack": "Stack"}
-BODY_NAMES = {
-    "robosuite_lift": {"cube": "cube_main"},
-    "robosuite_stack": {"cubeA": "cubeA_main", "cubeB": "cubeB_main"},
-}
-GOALS = {"robosuite_lift": (("lifted", "cube"),), "robosuite_stack": (("on", "cubeA", "cubeB"),)}
 
 
 def import_robosuite() -> Any:
@@ -116,9 +110,6 @@ class RegionSource:
     joint: str | None = None  # MuJoCo joint it moves with
 
 
-JointTargets = Mapping[str, tuple[float, float]]  # predicate -> joint values that fulfil it
-
-
 class Arm:
     """One built robosuite model: steps it, reads it, draws it. Shared by the robosuite and LIBERO environments."""
 
@@ -129,10 +120,12 @@ class Arm:
         regions: Mapping[str, RegionSource] | None = None,
         joint_targets: Mapping[str, JointTargets] | None = None,
         mesh_detail: float = 1.0,
+        fixed_regions: Mapping[str, Region] | None = None,
     ):
         """body_names: name in the World -> MuJoCo body; regions: MuJoCo site -> whose it is.
 
         joint_targets: name of a body that has joints below it -> what predicates ask of each of them.
+        fixed_regions: name in the World -> region that has no site.
         """
         self.environment = environment
         environment._observables.clear()  # we read the state ourselves; sampling all of them costs a reset milliseconds
@@ -149,6 +142,7 @@ class Arm:
         roots = {name: self.model.body(body).id for name, body in body_names.items()}
         self._bodies = {name: rigid_part(self.model, body) for name, body in roots.items()}
         self._regions = {name: (self.model.site(name).id, source) for name, source in (regions or {}).items()}
+        self._fixed_regions = dict(fixed_regions or {})
         self._joint_owners = {joint: name for name, body in roots.items() for joint in joints_below(self.model, body)}
         self._links = {joint: rigid_part(self.model, self.model.jnt_bodyid[joint]) for joint in self._joint_owners}
         self._joint_targets = joint_targets or {}
@@ -259,7 +253,10 @@ class Arm:
             bodies={name: self._body(part, touch) for (name, part), touch in zip(self._bodies.items(), touches)},
             goal=goal,
             achieved=achieved,
-            regions={name: self._region(site, source) for name, (site, source) in self._regions.items()},
+            regions={
+                **{name: self._region(site, source) for name, (site, source) in self._regions.items()},
+                **self._fixed_regions,
+            },
             joints={
                 self.model.joint(joint).name: self._joint(joint, self._body(part, touch))
                 for (joint, part), touch in zip(self._links.items(), touches[len(self._bodies) :])
@@ -314,7 +311,7 @@ def _finger_frame(site: np.ndarray) -> np.ndarray:
 
 
 class RobosuiteEnvironment:
-    """Lift or Stack with a Panda arm. See sim.environment.Environment for the contract of each method."""
+    """One robosuite task with a Panda arm. See sim.environment.Environment for the contract of each method."""
 
     num_tasks = 1
     images_are_mirrored = False
@@ -323,11 +320,19 @@ class RobosuiteEnvironment:
         robosuite = import_robosuite()
         self.assets = f"robosuite {robosuite.__version__}"
         self.spec = robot_spec(suite, image_size)
-        self._suite = suite
+        self._suite, self._task = suite, TASKS[suite.name]
         with seeded_numpy(MODEL_SEED):
-            environment = robosuite.make(ROBOSUITE_NAMES[suite.name], robots="Panda", **make_options())
+            environment = robosuite.make(
+                self._task.environment, robots="Panda", use_object_obs=False, **self._task.options, **make_options()
+            )
             environment.reset()
-        self._arm = Arm(environment, BODY_NAMES[suite.name], mesh_detail=mesh_detail)
+        self._arm = Arm(
+            environment,
+            self._task.bodies,
+            joint_targets=self._task.joint_targets,
+            mesh_detail=mesh_detail,
+            fixed_regions=fixed_regions(environment),
+        )
 
     @property
     def arm(self) -> Arm:
@@ -336,7 +341,7 @@ class RobosuiteEnvironment:
 
     def instruction(self, task: int) -> str:
         check_task(self._suite, task)
-        return INSTRUCTIONS[self._suite.name]
+        return self._task.instruction
 
     def reset(self, task: int, start: Start) -> None:
         check_task(self._suite, task)
@@ -353,17 +358,32 @@ class RobosuiteEnvironment:
 
     def observe(self) -> Observation:
         images = {camera: self._arm.frame(camera, self.spec.image_size) for camera in self.spec.cameras}
-        return Observation(images, self.state(), INSTRUCTIONS[self._suite.name])
+        return Observation(images, self.state(), self._task.instruction)
 
     def render(self, camera: str, size: int) -> np.ndarray:
         return self._arm.frame(camera, size)
 
     def world(self) -> World:
-        achieved = bool(self._arm.environment._check_success())
-        return self._arm.world(GOALS[self._suite.name], (achieved,))
+        return self._arm.world(self._task.goal, (self._is_achieved(),))
+
+    def _is_achieved(self) -> bool:
+        """The goal itself: robosuite counts a can in its bin as success only once the hand has left it."""
+        environment = self._arm.environment
+        if self._suite.name == "robosuite_can":
+            return not environment.not_in_bin(environment.sim.data.body_xpos[environment.obj_body_id["Can"]], CAN)
+        return bool(environment._check_success())
 
     def close(self) -> None:
         self._arm.close()
+
+
+def fixed_regions(environment: Any) -> dict[str, Region]:
+    """The can's compartment of PickPlace's second bin, by robosuite's own test (`not_in_bin`); {} for other tasks."""
+    if not hasattr(environment, "target_bin_placements"):
+        return {}
+    width, length, _ = environment.bin_size
+    half = np.array([width / 4, length / 4, 0.05])
+    return {"can_bin": Region(environment.target_bin_placements[CAN] + [0.0, 0.0, half[2]], np.eye(3), half)}
 
 
 def check_task(suite: Suite, task: int) -> None:

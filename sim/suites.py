@@ -63,6 +63,8 @@ SUITES = {
     for suite in (
         _suite("robosuite_lift", "robosuite", 1, settle_steps=0, openpi=150, lerobot=150),
         _suite("robosuite_stack", "robosuite", 1, settle_steps=0, openpi=250, lerobot=250),
+        _suite("robosuite_can", "robosuite", 1, settle_steps=0, openpi=250, lerobot=250),
+        _suite("robosuite_door", "robosuite", 1, settle_steps=0, openpi=300, lerobot=300),
         # LIBERO: step limits of openpi main.py and of lerobot envs/libero.py; they differ in libero_spatial only.
         _suite("libero_spatial", "libero", 10, settle_steps=10, openpi=220, lerobot=280),
         _suite("libero_object", "libero", 10, settle_steps=10, openpi=280, lerobot=280),

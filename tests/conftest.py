@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from sim.libero import find_assets
+
 # Read by numpy and torch when they are imported, so they are set before any test module is. Two cores, several
 # processes per test: more threads only wait for each other.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -22,8 +24,11 @@ settings.load_profile("remask")
 def remask_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """REMASK_HOME of the session and of the processes it starts: an empty folder, never the user's own."""
     home = tmp_path_factory.mktemp("remask_home")
+    assets = find_assets()  # LIBERO's, which may lie in the user's own
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REMASK_HOME", str(home))
+        if assets is not None:
+            patch.setenv("REMASK_LIBERO_ASSETS", str(assets))
         yield home
 
 

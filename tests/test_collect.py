@@ -115,3 +115,15 @@ def test_two_collections_cannot_share_a_folder(tmp_path):
     with locked(tmp_path / "run"), pytest.raises(ValueError, match="being written by process"):
         gather(demonstrations(tmp_path / "run"))
     gather(demonstrations(tmp_path / "run"))
+
+
+def test_random_starts_and_mishaps_are_part_of_a_collection_and_the_same_whatever_the_workers(tmp_path):
+    options = dict(tasks=[0], episodes_per_task=2, random_starts=True, mishaps=1.0)
+    gather(demonstrations(tmp_path / "one", **options))
+    gather(demonstrations(tmp_path / "two", workers=2, **options))
+    assert_equal_caches(tmp_path / "one" / "cache", tmp_path / "two" / "cache")
+    assert np.abs(FrameCache.open(tmp_path / "one").state[0]).max() > 0.01, "the hand begins elsewhere"
+    with pytest.raises(ValueError, match="mishaps 1.5"):
+        gather(demonstrations(tmp_path / "three", mishaps=1.5))
+    plain, changed = demonstrations(tmp_path).identity, demonstrations(tmp_path, **options).identity
+    assert {key for key in plain if plain[key] != changed[key]} == {"random_starts", "mishaps"}

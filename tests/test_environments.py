@@ -213,6 +213,33 @@ def test_stack_places_both_cubes_anew_for_each_start(stack):
     assert not stack.step(STILL)
 
 
+@pytest.mark.parametrize("suite", ["robosuite_can", "robosuite_door"])
+def test_a_start_of_the_can_or_the_door_is_the_same_after_another_and_differs_from_it(suite):
+    environment = build_environment(suite, image_size=IMAGE_SIZE)
+    first, other = (digest(environment, 0, start("train", index)) for index in (0, 1))
+    assert digest(environment, 0, start("train", 0)) == first != other
+    environment.close()
+
+
+def test_the_can_is_in_its_bin_by_its_place_alone_and_success_waits_for_the_hand():
+    environment = build_environment("robosuite_can", image_size=IMAGE_SIZE)
+    environment.reset(0, start("train", 0))
+    assert environment.world().achieved == (False,)
+    region, data = environment.world().regions["can_bin"], environment.arm.data
+    address = environment.arm.model.joint("Can_joint0").qposadr[0]
+    for away, success in ((0.02, False), (0.1, True)):
+        environment.arm.data.qpos[address : address + 3] = region.position_w
+        environment.arm.forward()
+        hand = environment.arm.environment.robots[0].eef_site_id
+        data.site_xpos[hand] = region.position_w + [0.0, 0.0, away]
+        assert environment.world().achieved == (True,)
+        assert environment.arm.environment._check_success() == success
+    environment.arm.data.qpos[address : address + 3] = region.position_w + [0.0, 1.01 * region.half_extents[1], 0.0]
+    environment.arm.forward()
+    assert environment.world().achieved == (False,)
+    environment.close()
+
+
 def test_an_unknown_task_or_camera_is_named(lift):
     with pytest.raises(ValueError, match="allowed: 0 to 0"):
         lift.reset(1, start("train", 0))

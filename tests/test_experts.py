@@ -1,19 +1,24 @@
 """Laws of the scripted experts: bounded labels for any state, grasps that fit, recovery, and success in simulation."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from sim.boxes import Boxes
 from sim.environment import Body, Region, World
 from sim.experts import measure
 from sim.experts.geometry import HOME_FINGER_AXIS, TIP_LENGTH, angle_between_lines
 from sim.experts.grasping import Grasp, choose_grasp
+from sim.experts.inserting import entrance, spot_under
 from sim.experts.motion import MAX_SPEED, MAX_TURN, OPEN, solids
 from sim.experts.programs import GoalExpert, NoisyExpert, build_expert
+from sim.experts.spots import spot_on
 from sim.libero import find_assets
 from sim.seeds import start
 from sim.suites import build_environment
+from tests.point_world import build_point_world, point_expert
 
 TOP_DOWN = np.array([[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0]])  # fingers along world y
 
@@ -134,10 +139,82 @@ def test_lift_recovers_from_a_dropped_cube():
     environment.close()
 
 
+def test_attempts_depend_on_neither_workers_nor_interruptions(tmp_path):
+    def attempts(name: str, **changes) -> list[tuple]:
+        settings = dict(tasks=[0, 1], episodes=3, max_steps=40, output=tmp_path / f"{name}.json", **changes)
+        rows = measure.measure(measure.MeasureConfig("libero_object", **settings), build=build_point_world, expert=point_expert)
+        return [(row.task, row.index, row.success, row.steps) for row in rows[1]]
+
+    first = attempts("one")
+    assert [row[:2] for row in first] == [(task, index) for task in (0, 1) for index in range(3)]
+    rows = (tmp_path / "one.rows.jsonl").read_text().splitlines(keepends=True)
+    stored = json.loads(rows[2]) | {"steps": 999}  # a resumed run takes what is stored
+    (tmp_path / "two.rows.jsonl").write_text("".join(rows[:2]) + json.dumps(stored) + "\n")
+    resumed = attempts("two", workers=2)
+    assert [row for row in resumed if row[3] != 999] == [row for row in first if row[:2] != (stored["task"], stored["index"])]
+    with pytest.raises(ValueError, match="noise was 0.0, is 0.1"):
+        attempts("two", noise=0.1)
+
+
+def basket(position=(0.0, 0.2, 0.0)) -> tuple[Body, Region]:
+    """Floor and four walls 0.16 m apart, and the room between them."""
+    wide, thin = np.array([0.08, 0.004, 0.05]), np.array([0.004, 0.08, 0.05])
+    offsets = np.array([[0, 0, 0.004], [0, 0.08, 0.05], [0, -0.08, 0.05], [0.08, 0, 0.05], [-0.08, 0, 0.05]])
+    shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([[0.08, 0.08, 0.004], wide, wide, thin, thin]))
+    place = np.array(position, float)
+    body = Body(place, np.eye(3), np.array([0.084, 0.084, 0.05]), shape=shape)
+    return body, Region(place + [0, 0, 0.06], np.eye(3), np.array([0.06, 0.06, 0.06]), owner="basket")
+
+
+def test_what_is_held_inside_the_basket_is_let_go_before_the_next_thing_is_fetched():
+    walls, room = basket()
+    first = box(room.position_w - [0, 0, 0.03], (0.02, 0.02, 0.02), touches=(True, True))
+    second = box((0.2, -0.2, 0.02), (0.02, 0.02, 0.02))
+    goal = (("in", "first", "room"), ("in", "second", "room"))
+    bodies = {"first": first, "second": second, "basket": walls}
+    held = World(first.position_w, TOP_DOWN, 0.04, bodies, goal, (True, False), {"room": room})
+    action = GoalExpert().action(held)
+    assert action[2] < 0.0 or action[6] == OPEN, "down, or let go; not off to the second thing"
+    assert np.abs(action[:2]).max() < 0.2
+    alone = World(first.position_w + [0, 0, 0.3], TOP_DOWN, 0.078, bodies, goal, (True, False), {"room": room})
+    assert GoalExpert().action(alone)[1] < -0.3, "towards the second thing"
+
+
+def test_two_things_on_one_region_leave_room_for_each_other():
+    stove = Region(np.array([0.0, 0.0, 0.02]), np.eye(3), np.array([0.075, 0.075, 0.002]), owner="stove")
+    top = box((0.0, 0.0, 0.01), (0.09, 0.09, 0.01))
+    first, second = box((0.2, 0.2, 0.06), (0.04, 0.07, 0.06)), box((-0.2, 0.2, 0.06), (0.04, 0.07, 0.06))
+    goal = (("on", "first", "stove"), ("on", "second", "stove"))
+    world = world_with(goal=goal, first=first, second=second, stove=top)
+    world = replace(world, regions={"stove": stove})
+    spot = spot_on(world, stove, "first")
+    assert np.linalg.norm(spot[:2]) > 0.04, "not in the middle, where the second would not fit beside it"
+    there = replace(world, bodies={**world.bodies, "first": box((*spot[:2], 0.08), (0.04, 0.07, 0.06))})
+    other = spot_on(there, stove, "second")
+    assert abs(spot - other)[0] > 0.08 or abs(spot - other)[1] > 0.14
+    alone = replace(world, goal=goal[:1])
+    assert np.linalg.norm(spot_on(alone, stove, "first")[:2]) < 1e-6
+
+
+def test_a_roofed_region_is_entered_through_its_open_side():
+    offsets = np.array([[0, 0, -0.1], [0, 0, 0.1], [0.12, 0, 0], [-0.12, 0, 0], [0, 0.12, 0]], float)
+    slab, side, back = (0.12, 0.12, 0.01), (0.01, 0.12, 0.1), (0.12, 0.01, 0.1)
+    shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([slab, slab, side, side, back]))
+    oven = Body(np.array([0.1, 0.3, 0.5]), np.eye(3), np.array([0.13, 0.13, 0.11]), shape=shape)
+    inside = Region(oven.position_w, np.eye(3), np.array([0.1, 0.1, 0.08]), owner="oven")
+    world = world_with(oven=oven, cup=box((0.0, -0.1, 0.4), (0.03, 0.03, 0.05)))
+    assert np.allclose(entrance(world, inside), [0, 1, 0])
+    spot = spot_under(world, inside, world.bodies["cup"], np.array([0.0, 1.0, 0.0]))
+    floor = oven.position_w[2] - 0.09
+    assert abs(spot[0] - 0.1) < 0.01 and 0.2 < spot[1] < 0.4 and 0.0 < spot[2] - 0.05 - floor < 0.03
+    open_above = replace(oven, shape=shape[np.array([0, 2, 3, 4])])
+    assert entrance(replace(world, bodies={**world.bodies, "oven": open_above}), inside) is None
+
+
 @pytest.mark.skipif(find_assets() is None, reason="LIBERO's assets are not on this machine (set REMASK_LIBERO_ASSETS)")
 def test_libero_flat_box_goes_into_the_basket():
     environment = build_environment("libero_object")
     config = measure.MeasureConfig("libero_object", tasks=[1], episodes=1)
-    (attempt,) = measure.measure(environment, config)
+    attempt = measure.attempt(environment, build_expert, config, measure.Job(1, 0))
     environment.close()
     assert attempt.success and attempt.steps <= 110

@@ -24,6 +24,7 @@ PUSH_TILT = np.radians(40.0)
 SLIDE_MARGIN, HINGE_MARGIN = 0.008, 0.12  # m, rad: how far beyond the value that counts a joint is taken
 LEAD = 0.03  # m, how far ahead of itself the hand is sent along the joint's path: friction alone holds a handle
 BEFORE = 0.05  # m, in front of what is to be pushed
+SUNK = 0.045  # m, the finger tips may be so far inside the box around what they push: a door's mesh is thinner than its box
 OUTERMOST = 0.03  # m, a handle lies this near to the outermost point of the part it moves
 
 
@@ -123,7 +124,7 @@ def push(world: World, name: str, direction: np.ndarray) -> np.ndarray:
     ahead = float(offset @ direction)
     aside = float(np.linalg.norm(offset - ahead * direction))
     turn = float(angles_between(rotation, world.gripper_rotation_w))
-    if -0.02 < ahead < BEFORE + 0.04 and aside < 0.03 and turn < 0.4:
+    if -SUNK < ahead < BEFORE + 0.04 and aside < 0.03 and turn < 0.4:
         sideways = offset - ahead * direction
         slow = ramp(aside, 0.01, 0.03)
         return servo(world, world.gripper_position_w + sideways + (1.0 - slow) * LEAD * direction, rotation, CLOSE)

@@ -116,36 +116,3 @@ def is_free(starts: np.ndarray, ends: np.ndarray, low: np.ndarray, high: np.ndar
     crossings = np.stack([(edge + inward - starts[:, None, None]) / way for edge, inward in ((low, 1e-4), (high, -1e-4))])
     enter, leave = crossings.min(axis=0).max(axis=3), crossings.max(axis=0).min(axis=3)
     return ~((enter < leave) & (leave > 0.0) & (enter < 1.0)).any(axis=2)
-
-
-def pushing_pose(world: World, name: str, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Grip site [3] and rotation [3, 3] of a hand that stands behind body `name`, leaning over it and across the push.
-
-    The lean and the turn are those that leave room for the palm; a hand that is there already keeps them.
-    """
-    body, others = world.bodies[name], Boxes.joined(other.parts for key, other in named_solids(world).items() if key != name)
-    edge = body.origin_w - distance_behind(body, direction) * direction
-    there = 1.0 - ramp(float(np.linalg.norm(edge[:2] - world.gripper_position_w[:2])), 0.08, 0.2)
-    leans = [(tilted(-direction, lean), 0.7 * number) for number, lean in enumerate(LEANS)]
-    poses = [(approach, yaw, cost + abs(yaw)) for approach, cost in leans for yaw in YAWS]
-    axes = [rotation_about(UP, yaw) @ np.cross(direction, DOWN) for _, yaw, _ in poses]
-    rotations = np.stack([hand_rotation(approach, axis) for (approach, _, _), axis in zip(poses, axes)])
-    rotations = comfortable(rotations, world.gripper_rotation_w)
-    heights = body.parts.bottom + FLOAT + FINGER_HALF_WIDTH * np.linalg.norm(rotations[:, :2, 2], axis=1)
-    tips = np.concatenate([np.broadcast_to(edge[:2], (len(poses), 2)), heights[:, None]], axis=1)
-    stands = tips - TIP_LENGTH * rotations[:, :, 2]
-    cost = np.array([cost for _, _, cost in poses]) + crowding(stands - BEHIND * direction, rotations, others)
-    cost += 4.0 * there * angles_between(rotations, world.gripper_rotation_w)
-    best = int(np.argmin(cost))
-    return stands[best], rotations[best]
-
-
-def distance_behind(body: Body, direction: np.ndarray) -> float:
-    """From the origin of a body back to where the grip site is when both closed fingers touch it, m.
-
-    The outer edge of a finger stands to the side, where a round body is narrower than at its middle.
-    """
-    back = float(body.parts.span(-direction)[1].max() + body.origin_w @ direction)
-    side = np.cross(direction, DOWN)
-    half_width = float(body.parts.span(side)[1].max() - body.origin_w @ side)
-    return back - half_width + np.sqrt(max(half_width**2 - FINGER_DEPTH**2, 0.0)) + FINGER_HALF_WIDTH

@@ -6,13 +6,15 @@ import numpy as np
 
 from sim.environment import Body, Region, World
 from sim.experts.articulated import move_joint, wanted_value
-from sim.experts.geometry import HOME_ROTATION, overreach
-from sim.experts.grasping import choose_grasp, is_held, reach_and_grasp
+from sim.experts.dragging import drag_into, is_hard_to_pinch
+from sim.experts.grasping import choose_grasp, is_between_pads, is_held, reach_and_grasp
+from sim.experts.inserting import entrance, put_under
 from sim.experts.motion import CLOSE, let_go, servo, solids
 from sim.experts.placing import Place, carry_and_place
-from sim.experts.dragging import is_hard_to_pinch, drag_into
+from sim.experts.spots import spot_in, spot_on
 
 JOINT_PREDICATES = ("open", "close", "turnon", "turnoff")
+PLACEMENTS = ("in", "on")
 OPEN_ENOUGH, PULL_FURTHER = 0.7, 0.12  # of the way of a drawer or door
 Predicate = tuple[str, ...]
 
@@ -20,7 +22,8 @@ Predicate = tuple[str, ...]
 def pursue(world: World) -> np.ndarray:
     """The action, float [7], towards the first predicate, in working order, that does not hold yet.
 
-    When all hold, the hand lets go and draws back. Raises ValueError if a predicate has no program or a name is unknown.
+    What is in the hand is put down first: LIBERO counts a thing as in a basket while the hand still holds it there. When all
+    hold, the hand lets go and draws back. Raises ValueError if a predicate has no program or a name is unknown.
     """
     for predicate, *names in world.goal:
         if predicate not in PROGRAMS:
@@ -29,11 +32,20 @@ def pursue(world: World) -> np.ndarray:
                 "sim/experts/goals.py, or choose another task."
             )
     achieved = dict(zip(world.goal, world.achieved))
-    for goal in sorted(world.goal, key=lambda goal: stage(world, goal)):
-        if not achieved.get(goal, False):
-            predicate, *names = goal
-            return PROGRAMS[predicate](world, *names)
+    carried = {goal: goal[0] in PLACEMENTS and is_held(world, find_body(world, goal[1])) for goal in world.goal}
+    for goal in sorted(world.goal, key=lambda goal: (not carried[goal], stage(world, goal))):
+        if achieved.get(goal, False) and not carried[goal]:
+            if goal[0] in PLACEMENTS and not any(carried.values()) and is_leaving(world, world.bodies[goal[1]]):
+                return let_go(world)
+            continue
+        predicate, *names = goal
+        return PROGRAMS[predicate](world, *names)
     return let_go(world)
+
+
+def is_leaving(world: World, body: Body) -> bool:
+    """Whether a body that has been put down is still between the fingers, shut or open."""
+    return is_between_pads(world, body)
 
 
 def stage(world: World, goal: Predicate) -> tuple[int, int]:
@@ -45,7 +57,7 @@ def stage(world: World, goal: Predicate) -> tuple[int, int]:
     predicate, *names = goal
     if predicate in ("turnon", "turnoff"):
         return 0, 0
-    placements = [other for other in world.goal if other[0] not in JOINT_PREDICATES and len(other) == 3]
+    placements = [other for other in world.goal if other[0] in PLACEMENTS]
     if predicate in JOINT_PREDICATES:
         joint = find_joint(world, names[0], predicate)
         used = any(passage(world, region) == joint for _, _, region in placements)
@@ -94,7 +106,10 @@ def put_in(world: World, name: str, region_name: str) -> np.ndarray:
     joint = passage(world, region_name)
     if joint is not None and not is_open_enough(world, joint):
         return move_joint(world, joint, "open")
-    return pick_and_place(world, name, Place(spot_in(world, region, find_body(world, name)), 0.02))
+    inward = entrance(world, region)
+    if inward is not None:
+        return put_under(world, name, region, inward)
+    return pick_and_place(world, name, Place(spot_in(world, region, name), 0.02))
 
 
 def put_on(world: World, name: str, support_name: str) -> np.ndarray:
@@ -105,19 +120,7 @@ def put_on(world: World, name: str, support_name: str) -> np.ndarray:
     region = world.regions[support_name]
     if region.owner is None and is_hard_to_pinch(body) and abs(body.origin_w[2] - region.position_w[2]) < 0.03:
         return drag_into(world, name, region)
-    return pick_and_place(world, name, Place(spot_in(world, region, body), 0.015))
-
-
-def spot_in(world: World, region: Region, body: Body) -> np.ndarray:
-    """Where in a region to put a body: in the middle, or as far towards the robot as reach demands. [3] m"""
-    size = np.linalg.norm(body.half_extents[:2])
-    room = np.abs(region.rotation_w) @ np.maximum(0.6 * region.half_extents, region.half_extents - size)
-    steps = np.linspace(-1.0, 1.0, 5)
-    grid = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
-    offsets = np.concatenate([grid * room[:2], np.zeros((len(grid), 1))], axis=1)
-    grips = region.position_w + offsets + np.array([0.0, 0.0, 2.0 * body.half_extents[2]])
-    stretch = overreach(world.shoulder_w, grips, np.broadcast_to(HOME_ROTATION, (len(grips), 3, 3)))
-    return region.position_w + offsets[int(np.argmin(40.0 * stretch + np.linalg.norm(offsets, axis=1)))]
+    return pick_and_place(world, name, Place(spot_on(world, region, name), 0.015))
 
 
 def find_region(world: World, name: str) -> Region:

@@ -1,11 +1,17 @@
-"""Success of the scripted experts: `vla experts`. Renders nothing, so an episode takes about a second."""
+"""Success of the scripted experts: `vla experts`. Renders nothing, so an episode takes about a second.
+
+While it runs, finished episodes lie in `<output>.rows.jsonl`; the same command goes on after an interruption.
+"""
 
 import dataclasses
+import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,11 +19,14 @@ from tqdm import tqdm
 
 from sim.environment import Environment
 from sim.experts.programs import NoisyExpert, build_expert
-from sim.results import Tally, mean
+from sim.results import Tally, append_row, differences, mean, read_rows
 from sim.seeds import start
 from sim.suites import build_environment, get_suite
+from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs, serve_jobs
 from vla.cli import parse_config
 from vla.home import remask_home
+
+MAX_ERRORS = 10  # exceptions of a run after which it stops
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,7 @@ class MeasureConfig:
     split: str = "validation"  # starts: train, validation or official
     noise: float = 0.0  # standard deviation of the disturbance of executed motion, action units
     max_steps: int | None = None  # default: the suite's openpi limit
+    workers: int = 1  # simulator processes
     output: Path | None = None  # JSON file, default: REMASK_HOME/experts/<suite>-<split>.json
 
     def __post_init__(self) -> None:
@@ -39,7 +49,18 @@ class MeasureConfig:
             raise ValueError(f"--tasks: {self.suite} has no task {unknown[0]}; allowed: 0 to {suite.num_tasks - 1}.")
         if self.episodes < 1:
             raise ValueError(f"--episodes={self.episodes}: at least 1.")
+        if self.workers < 1:
+            raise ValueError(f"--workers={self.workers}: at least 1 simulator process.")
         start(self.split, 0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with its beginning."""
+        return {"suite": self.suite, "split": self.split, "noise": self.noise, "max_steps": self.step_limit}
+
+    @property
+    def rows_path(self) -> Path:
+        return self.path.with_suffix(".rows.jsonl")
 
     @property
     def task_list(self) -> list[int]:
@@ -63,33 +84,111 @@ class Attempt:
     success: bool
     steps: int
     wall_s: float
+    error: str | None = None  # an exception's text; such an episode counts in no rate
 
 
-def attempt(environment: Environment, task: int, index: int, config: MeasureConfig) -> Attempt:
+@dataclass(frozen=True)
+class Job:
+    """One start of one task."""
+
+    task: int
+    index: int
+
+
+def attempt(environment: Environment, expert: Callable[..., Any], config: MeasureConfig, job: Job) -> Attempt:
     """Run the expert from one start until success or the step limit."""
-    begin, where = time.perf_counter(), start(config.split, index)
-    environment.reset(task, where)
-    expert = NoisyExpert(build_expert(environment, task), config.noise, where.seed)
+    begin, where = time.perf_counter(), start(config.split, job.index)
+    environment.reset(job.task, where)
+    noisy = NoisyExpert(expert(environment, job.task), config.noise, where.seed)
     steps, success = 0, False
     while not success and steps < config.step_limit:
-        executed, _ = expert.act(environment.world())
+        executed, _ = noisy.act(environment.world())
         success = environment.step(executed)
         steps += 1
-    return Attempt(task, index, success, steps, round(time.perf_counter() - begin, 3))
+    return Attempt(job.task, job.index, success, steps, round(time.perf_counter() - begin, 3))
 
 
-def measure(environment: Environment, config: MeasureConfig) -> list[Attempt]:
-    """`config.episodes` attempts of every task, task by task, since a LIBERO model holds one task."""
-    jobs = [(task, index) for task in config.task_list for index in range(config.episodes)]
-    bar = tqdm(jobs, unit="episode", disable=None)  # shown on a terminal only
-    return [attempt(environment, task, index, config) for task, index in bar]
+def work(
+    connection: Connection, config: MeasureConfig, build: Callable[..., Environment], expert: Callable[..., Any]
+) -> None:
+    """A simulator process: attempts the starts it is given. Imports no torch of ours."""
+
+    def begin() -> tuple[dict[int, str], Callable[[Job], Attempt]]:
+        environment = build(config.suite)
+        instructions = {task: environment.instruction(task) for task in config.task_list}
+        return instructions, functools.partial(attempt, environment, expert, config)
+
+    serve_jobs(connection, begin)
+
+
+def measure(
+    config: MeasureConfig,
+    *,
+    build: Callable[..., Environment] = build_environment,
+    expert: Callable[..., Any] = build_expert,
+) -> tuple[dict[int, str], list[Attempt]]:
+    """Instructions by task, and `config.episodes` attempts of every task, in order, whatever the number of workers.
+
+    build, expert: module-level functions (tests give fakes). A process keeps to its task, since a LIBERO model holds one.
+    Raises ValueError if the rows on disk are another run's, ChildProcessError if episodes keep ending with exceptions.
+    """
+    attempts = {Job(row["task"], row["index"]): Attempt(**row) for row in open_rows(config)}
+    wanted = [Job(task, index) for task in config.task_list for index in range(config.episodes)]
+    waiting = {task: [job for job in wanted if job.task == task and job not in attempts] for task in config.task_list}
+    running = dict.fromkeys(config.task_list, 0)
+    instructions: dict[int, str] = {}
+    errors = 0
+
+    def next_job(last: Job | None) -> Job | None:
+        task = choose_task({task: len(jobs) for task, jobs in waiting.items()}, last.task if last else None, running)
+        if task is None:
+            return None
+        running[task] += 1
+        return waiting[task].pop(0)
+
+    def finished(job: Job, outcome: Done | Failed | Died) -> None:
+        nonlocal errors
+        running[job.task] -= 1
+        if isinstance(outcome, Done):
+            attempts[job] = outcome.result
+            append_row(config.rows_path, dataclasses.asdict(outcome.result))
+        else:  # not stored: an exception says nothing of the start, so that a resumed run tries it again
+            attempts[job] = Attempt(job.task, job.index, False, 0, 0.0, str(outcome))
+            errors += 1
+            bar.write(f"task {job.task}, start {job.index}: {outcome}")
+            if errors >= MAX_ERRORS:
+                raise ChildProcessError(f"{MAX_ERRORS} episodes ended with an exception; the last: {outcome}.")
+        bar.update()
+
+    missing = sum(map(len, waiting.values()))
+    with tqdm(total=len(wanted), initial=len(wanted) - missing, unit="episode", disable=None) as bar:
+        with WorkerPool(max(1, min(config.workers, missing)), work, (config, build, expert)) as pool:
+            run_jobs(pool, next_job, started=instructions.update, finished=finished)
+    return instructions, [attempts[job] for job in wanted]
+
+
+def open_rows(config: MeasureConfig) -> list[dict[str, Any]]:
+    """The rows of an interrupted run; begins the file. Raises ValueError if they are another run's."""
+    rows = read_rows(config.rows_path)
+    if not rows:
+        config.rows_path.parent.mkdir(parents=True, exist_ok=True)
+        append_row(config.rows_path, config.identity)
+        return []
+    changed = differences(rows[0], config.identity)
+    if changed:
+        raise ValueError(
+            f"{config.rows_path} holds an unfinished run with other settings: {changed}. Delete it or use another --output."
+        )
+    return rows[1:]
 
 
 def summary(attempts: Sequence[Attempt]) -> dict[str, float | int | list[float] | None]:
-    count = Tally(sum(a.success for a in attempts), len(attempts), 0)
+    errors = sum(a.error is not None for a in attempts)
+    count = Tally(sum(a.success for a in attempts), len(attempts) - errors, errors)
     return {
         "successes": count.successes,
         "episodes": count.episodes,
+        "errors": count.errors,
         "interval_95": list(count.interval),
         "mean_steps": mean(a.steps for a in attempts if a.success),
         "max_steps": max((a.steps for a in attempts if a.success), default=None),
@@ -97,11 +196,11 @@ def summary(attempts: Sequence[Attempt]) -> dict[str, float | int | list[float] 
     }
 
 
-def report(environment: Environment, config: MeasureConfig, attempts: Sequence[Attempt]) -> dict:
+def report(config: MeasureConfig, instructions: dict[int, str], attempts: Sequence[Attempt]) -> dict:
     """What the JSON file holds: settings, a summary per task and over all, every attempt."""
     tasks = {
         str(task): {
-            "instruction": environment.instruction(task),
+            "instruction": instructions[task],
             **summary([a for a in attempts if a.task == task]),
         }
         for task in config.task_list
@@ -142,13 +241,9 @@ def table(results: dict, title: str) -> Table:
 
 def main(argv: Sequence[str]) -> int:
     config = parse_config(MeasureConfig, argv, verb="experts")
-    environment = build_environment(config.suite)
-    try:
-        results = report(environment, config, measure(environment, config))
-    finally:
-        environment.close()
-    config.path.parent.mkdir(parents=True, exist_ok=True)
+    results = report(config, *measure(config))
     config.path.write_text(json.dumps(results, indent=1))
+    config.rows_path.unlink()
     Console().print(table(results, f"scripted experts, {config.suite}, {config.split} starts"))
     print(f"written: {config.path}")
     return 0

@@ -1,0 +1,71 @@
+"""Where in a region to put an object: within reach, in the middle if it is free, beside what stands or will stand there."""
+
+import numpy as np
+
+from sim.environment import Body, Region, World
+from sim.experts.geometry import HOME_ROTATION, overreach
+
+GRID = np.stack(np.meshgrid(*[np.linspace(-1.0, 1.0, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+BORDER = 0.02  # m, from the border of a region to where the origin of an object that stands on it may be
+BESIDE = 0.01  # m, wanted between two objects that stand on one region
+NEAR = 0.05  # m around a region, within which an object takes room from it
+
+
+def spot_in(world: World, region: Region, name: str) -> np.ndarray:
+    """Where to let body `name` down into a region with walls: in the middle, or as far towards the robot as reach demands."""
+    body = world.bodies[name]
+    size = np.linalg.norm(body.half_extents[:2])
+    offsets = offsets_in(region, np.maximum(0.6 * region.half_extents, region.half_extents - size)[:2])
+    return region.position_w + offsets[int(np.argmin(effort(world, region, body, offsets)))]
+
+
+def spot_on(world: World, region: Region, name: str) -> np.ndarray:
+    """Where to stand body `name` on a region; free of what stands there, and so that what is still to come finds room. [3] m"""
+    body = world.bodies[name]
+    offsets = offsets_in(region, np.maximum(region.half_extents[:2] - BORDER, 0.0))
+    cost = effort(world, region, body, offsets)
+    goals = [names for _, *names in world.goal if len(names) == 2]
+    coming = {other for other, place in goals if other != name and region is world.regions.get(place)}
+    standing = [
+        other for key, other in world.bodies.items() if key not in (name, region.owner) and stands_near(region, other)
+    ]
+    for other in standing:
+        cost = cost + 20.0 * crowded(body, region.position_w + offsets, other, other.origin_w[None])[:, 0]
+    for other in (world.bodies[key] for key in coming if key in world.bodies):
+        if not any(other is each for each in standing):
+            beside = crowded(body, region.position_w + offsets, other, region.position_w + offsets)
+            cost = cost + 20.0 * beside.min(axis=1)
+    return region.position_w + offsets[int(np.argmin(cost))]
+
+
+def offsets_in(region: Region, room: np.ndarray) -> np.ndarray:
+    """A grid of offsets [25, 3] m from the middle of a region, as far as `room` [2] along its own axes."""
+    return (GRID * room) @ region.rotation_w[:, :2].T
+
+
+def effort(world: World, region: Region, body: Body, offsets: np.ndarray) -> np.ndarray:
+    """Distance from the middle, and the stretch of the arm. [M]"""
+    grips = region.position_w + offsets + np.array([0.0, 0.0, 2.0 * body.half_extents[2]])
+    stretch = overreach(world.shoulder_w, grips, np.broadcast_to(HOME_ROTATION, (len(grips), 3, 3)))
+    return 40.0 * stretch + np.linalg.norm(offsets, axis=1)
+
+
+def stands_near(region: Region, body: Body) -> bool:
+    """Whether a body stands on a region or takes room from it."""
+    ahead, height = body.position_w - region.position_w, body.parts.bottom - region.position_w[2]
+    reach = np.abs(region.rotation_w) @ region.half_extents + NEAR
+    return bool(abs(height) < NEAR and (np.abs(ahead[:2]) < reach[:2]).all())
+
+
+def crowded(body: Body, spots: np.ndarray, other: Body, other_spots: np.ndarray) -> np.ndarray:
+    """How deep the rectangles around two bodies overlap, BESIDE included, with their origins at M and K spots: m [M, K]."""
+    (low, high), (other_low, other_high) = rectangle(body), rectangle(other)
+    first, second = spots[:, None, :2], other_spots[None, :, :2]
+    depth = np.minimum(first + high, second + other_high) - np.maximum(first + low, second + other_low) + BESIDE
+    return np.maximum(depth.min(axis=2), 0.0)
+
+
+def rectangle(body: Body) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest x and y of a body's parts, [2] m each, seen from its origin."""
+    ends = np.array([body.parts.span(axis) for axis in np.eye(3)[:2]])  # [axis, low or high, part]
+    return ends[:, 0].min(axis=1) - body.origin_w[:2], ends[:, 1].max(axis=1) - body.origin_w[:2]
