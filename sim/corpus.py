@@ -182,7 +182,11 @@ def print_report(config: CorpusConfig, report: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`vla corpus`."""
+    """`vla corpus`; with --bind, the corpus of sim/bound."""
+    if "--bind" in argv:
+        from sim.bound.corpus import main as main_bound
+
+        return main_bound([argument for argument in argv if argument != "--bind"])
     from vla.cli import parse_config
 
     make_corpus(parse_config(CorpusConfig, argv, verb="corpus"))

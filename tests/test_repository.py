@@ -21,6 +21,8 @@ MAX_LINES = 400
 
 # What a robot needs to talk to a server or to run an exported policy, and what a simulator process needs to run an episode.
 TORCH_FREE = (
+    "multimodal.bind.corpus_file",
+    "multimodal.bind.sensors",
     "multimodal.corpus_file",
     "multimodal.config",
     "multimodal.numpy_images",
@@ -92,6 +94,9 @@ TORCH_FREE = (
     "sim.libero_hdf5",
     "sim.import_dataset",
     "sim.experts.programs",
+    "sim.bound.corpus",
+    "sim.bound.sample",
+    "sim.bound.worker",
     "sim.corpus",
     "sim.corpus_plan",
     "sim.corpus_worker",

@@ -64,8 +64,14 @@ GROUPS: dict[str, dict[str, Verb]] = {
         ),
         "corpus": Verb(
             "sim.corpus:main",
-            "simulator scenes with texts that are true of them -> parquet",
+            "simulator scenes with texts that are true of them; --bind: one thing for seven sensors",
             "vla corpus --scenes=6000 --workers=2",
+        ),
+        "train-bind": Verb(
+            "multimodal.bind.binding:run",
+            "bound corpus (`vla corpus --bind`) -> encoders of image, video, depth, heat, sound, touch in one space",
+            "vla train-bind --corpus=DATA --output_dir=RUN",
+            config="multimodal.bind.binding:BindingConfig",
         ),
         "train-vlm": Verb(
             "multimodal.train_vlm:run",
