@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from sim.libero import find_assets
-
 # Read by numpy and torch when they are imported, so they are set before any test module is. Two cores, several
 # processes per test: more threads only wait for each other.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -23,6 +21,8 @@ settings.load_profile("remask")
 @pytest.fixture(scope="session", autouse=True)
 def remask_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """REMASK_HOME of the session and of the processes it starts: an empty folder, never the user's own."""
+    from sim.libero import find_assets  # imports numpy, which reads the variables above
+
     home = tmp_path_factory.mktemp("remask_home")
     assets = find_assets()  # LIBERO's, which may lie in the user's own
     with pytest.MonkeyPatch.context() as patch:
