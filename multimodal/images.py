@@ -47,6 +47,23 @@ def scale_frame(image: Tensor, side: int | None) -> Tensor:
     return scaled[0].round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0)
 
 
+def prepare_pixels(frames: Tensor, config: ImageConfig) -> Tensor:
+    """`prepare_images` without jitter for frames whose values are floats, differentiable in them: what an attacker goes through.
+
+    frames: float [..., H, W, 3] in 0..255 -> [..., 3, h, w]. Equal to `prepare_images` at whole values up to rounding.
+    """
+    height, width = frames.shape[-3:-1]
+    top, left = (height - config.crop) // 2, (width - config.crop) // 2
+    pixels = frames[..., top : top + config.crop, left : left + config.crop, :].movedim(-1, -3)
+    mean, std = (torch.tensor(values, device=frames.device, dtype=frames.dtype)[:, None, None] for values in (config.mean, config.std))
+    result = (pixels / 255 - mean) / std
+    if config.output_size == config.crop:
+        return result
+    sides = (config.output_size, config.output_size)
+    flat = F.interpolate(result.flatten(0, -4), sides, mode="bilinear", antialias=True, align_corners=False)
+    return flat.unflatten(0, result.shape[:-3])
+
+
 def cut(frames: Tensor, corners: Tensor, crop: int) -> Tensor:
     """Squares of `crop` pixels: frames [N, H, W, 3], corners int64 [N, 2] (top, left) -> [N, 3, crop, crop]."""
     every_crop = frames.unfold(1, crop, 1).unfold(2, crop, 1)  # a view [N, H-crop+1, W-crop+1, 3, crop, crop]

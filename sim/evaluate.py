@@ -65,6 +65,7 @@ class EvaluateConfig:
     """Settings of `vla eval`."""
 
     policy: PolicySource = field(default_factory=PolicySource)
+    attack: dict[str, Any] = field(default_factory=dict)  # an attacker on the cameras, e.g. '{kind: untargeted, epsilon: 4, steps: 10}'
     suite: str = "robosuite_lift"
     output_dir: Path | None = None  # default: REMASK_HOME/evaluations/<suite>-<split>-<checkpoint>
     tasks: list[int] | None = None  # default: all
@@ -121,6 +122,7 @@ def evaluate_into(
     settings = episode_settings(config, policy, folder)
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
     identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode, "shard": config.shard}
+    identity |= {"attack": config.attack} if config.attack else {}
     rows = open_evaluation(folder, identity, resume=config.resume)
     wanted = shard_of(config.episode_list, config.shard)
     jobs = [
@@ -270,6 +272,7 @@ def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
 def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
     name = f"{config.suite}-{config.split}-{checkpoint[:8]}"
     name += "" if config.perturb.kind == NONE else f"-{config.perturb.name}"
+    name += f"-{config.attack.get('kind', 'untargeted')}" if config.attack else ""
     name += "" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}"
     return Path(config.output_dir or remask_home() / "evaluations" / name).expanduser()
 
@@ -370,13 +373,22 @@ def load_source(source: PolicySource, workers: int) -> StoredPolicy:
     return RemotePolicy(source.url, timeout_s=source.timeout_s, same_checkpoint=True)
 
 
+def attacked(policy: StoredPolicy, attack: dict[str, Any]) -> StoredPolicy:
+    """The policy as its attacker leaves it; itself without an attack. Raises ValueError for a policy without gradients."""
+    if not attack:
+        return policy
+    from vla.attacked_policy import AttackedPolicy, PolicyAttackConfig, check_attack
+
+    return AttackedPolicy(policy, PolicyAttackConfig(**check_attack(attack)))
+
+
 def main(argv: list[str]) -> None:
     """`vla eval`."""
     from vla.cli import parse_config
 
     config = parse_config(EvaluateConfig, argv, verb="eval")
     check(config)
-    policy = load_source(config.policy, config.workers)
+    policy = attacked(load_source(config.policy, config.workers), config.attack)
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)
     under = "" if config.perturb.kind == NONE else f", {config.perturb.kind} perturbed at severity {config.perturb.severity}"

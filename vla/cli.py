@@ -84,6 +84,11 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "policy -> success table, with intervals",
             "vla eval --policy.path=RUN/checkpoints/last/policy --suite=robosuite_lift --episodes=50 --workers=2",
         ),
+        "calibrate": Verb(
+            "vla.calibrate:main",
+            "encoders, or a policy's eyes, made robust to attack (train), judged (eval)",
+            "vla calibrate train --task=MODULE:FUNCTION --modality=depth --output_dir=RUN",
+        ),
         "serve": Verb(
             "serve.server:main",
             "policy -> HTTP, gRPC, WebSocket, and a page to watch it",

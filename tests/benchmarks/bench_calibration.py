@@ -1,0 +1,168 @@
+"""Calibrations compared: modality x where the weights are x objective; clean, AutoAttack and naive accuracy, share trained, seconds.
+
+Each arm is one process with one thread, `--concurrent` of them at a time. A finished arm's row is kept, and a second call goes
+on from there. Every arm of a modality is judged on the same test samples, none of which chose anything. `--headline` runs
+the full AutoAttack (100 steps, 9 targets, FAB, 5000 queries) on at least 256 samples for three seeds.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.benchmarks.harness import parser, report
+from vla.cli import resolve
+from vla.home import remask_home
+
+PLACEMENTS = ("frozen", "head", "adapters", "head+adapters")
+COLUMNS = (
+    "modality", "placement", "objective", "seed", "clean %", "AutoAttack %", "95 % low", "95 % high", "worst case %", "naive says %",
+    "gain over frozen", "clean change", "trainable", "% of tower", "% of model", "seconds",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One row of the table."""
+
+    modality: str
+    placement: str
+    objective: str
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.modality}-{self.placement}-{self.objective}-{self.seed}"
+
+
+def plan(options: argparse.Namespace) -> list[Arm]:
+    """Frozen once a modality and seed; every placement with each objective; all objectives for `--ablate`."""
+    arms = []
+    for seed in options.seeds:
+        for modality in options.modalities:
+            objectives = options.every_objective if modality == options.ablate else options.objectives
+            for placement in options.placements:
+                arms += [Arm(modality, placement, name, seed) for name in (["-"] if placement == "frozen" else objectives)]
+    return arms
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser(__doc__)
+    arguments.add_argument("--task", default="tests.drawn_shapes:build_task", help="module:function of a BindTask")
+    arguments.add_argument("--task_options", type=json.loads, default={}, help="what that function is called with, as JSON")
+    arguments.add_argument("--modalities", nargs="+", default=["heat", "image"])
+    arguments.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
+    arguments.add_argument("--objectives", nargs="+", default=["combined"])
+    arguments.add_argument("--ablate", default="", help="modality that runs every objective")
+    arguments.add_argument("--every_objective", nargs="+", default=["ce", "l2", "nce", "comp_sum", "combined"])
+    arguments.add_argument("--steps", type=int, default=300, help="training steps of 64 samples, PGD-5")
+    arguments.add_argument("--rank", type=int, default=4, help="of the low-rank adapters")
+    arguments.add_argument("--epsilon", type=float, default=4.0, help="255ths, in the modality's unit; training and judgement")
+    arguments.add_argument("--samples", type=int, default=128)
+    arguments.add_argument("--seeds", type=int, nargs="+", default=[0])
+    arguments.add_argument("--headline", action="store_true", help="three seeds, full AutoAttack, 256 samples at least")
+    arguments.add_argument("--concurrent", type=int, default=1)
+    arguments.add_argument("--root", type=Path, default=None, help="where finished arms are kept")
+    arguments.add_argument("--arm", default="", help="run this one arm (JSON) and write its row; for the processes that this starts")
+    options = arguments.parse_args(argv)
+    if options.headline:
+        options.seeds, options.samples = [0, 1, 2], max(256, options.samples)
+    kind = "headline" if options.headline else "reduced"
+    name = f"calibration-{options.task.replace(':', '.')}-{options.epsilon:g}-{options.steps}-{kind}"
+    root = options.root or remask_home() / "bench" / name
+    if options.arm:
+        run_arm(Arm(**json.loads(options.arm)), options, root)
+        return 0
+    began = time.perf_counter()
+    arms = plan(options)
+    run_all(arms, list(sys.argv[1:] if argv is None else argv), root, options.concurrent)
+    found = [json.loads((root / f"{arm.name}.json").read_text()) for arm in arms]
+    report(
+        "calibration", COLUMNS, [row_of(entry, found) for entry in found], options.output, task=options.task, epsilon=options.epsilon,
+        samples=options.samples, steps=options.steps, reference=kind, minutes=(time.perf_counter() - began) / 60,
+    )  # fmt: skip
+    return 0
+
+
+def run_all(arms: Sequence[Arm], argv: list[str], root: Path, concurrent: int) -> None:
+    """Every arm that has no row yet, `concurrent` at a time. Raises ChildProcessError if one fails."""
+    waiting = [arm for arm in arms if not (root / f"{arm.name}.json").exists()]
+    for first in range(0, len(waiting), concurrent):
+        group = waiting[first : first + concurrent]
+        command = [sys.executable, "-m", "tests.benchmarks.bench_calibration", *argv, "--root", str(root)]
+        running = [(arm, subprocess.Popen([*command, "--arm", json.dumps(vars(arm))])) for arm in group]
+        failed = [arm.name for arm, process in running if process.wait() != 0]
+        if failed:
+            raise ChildProcessError(f"{failed} failed; see the output above. Finished arms are in {root}.")
+        print(f"{min(first + concurrent, len(waiting))} of {len(waiting)} arms", flush=True)
+
+
+def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
+    """Train if there is something to train, judge, write root/NAME.json."""
+    import torch
+
+    from multimodal.bind.adapters import NO_ADAPTERS, AdapterConfig
+    from multimodal.bind.calibration import CalibratedEncoder, InnerAttackConfig, PlacementConfig, load_calibration
+    from multimodal.bind.classifier import Classifier
+    from multimodal.bind.evaluate_calibration import sample
+    from multimodal.bind.objectives import named_objective
+    from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig
+    from multimodal.bind.robustness import NAIVE, AttackSuite, share_of
+    from multimodal.bind.task import count_weights, trunk_of
+    from multimodal.bind.train_calibration import TrainCalibrationConfig, calibrate, task_weights
+    from multimodal.schedule import TrainingConfig
+
+    torch.set_num_threads(options.threads)
+    task = resolve(options.task)(**options.task_options)
+    frozen = task.check(arm.modality)
+    adapters = AdapterConfig(lora_rank=options.rank, tune_norms=True) if "adapters" in arm.placement else NO_ADAPTERS
+    placement = PlacementConfig("linear" if "head" in arm.placement else "none", adapters=adapters)
+    encoder, trainable, seconds = frozen, 0, 0.0
+    if arm.placement != "frozen":
+        training = TrainingConfig(
+            steps=options.steps, batch_size=64, learning_rate=3e-3, warmup_steps=options.steps // 10, weight_decay=1e-4, ema_decay=0.0,
+            beta2=0.999, device="cpu", threads=options.threads, seed=arm.seed, save_every=options.steps,
+        )  # fmt: skip
+        config = TrainCalibrationConfig(
+            modality=arm.modality, placement=placement, objective=named_objective(arm.objective), training=training,
+            attack=InnerAttackConfig(epsilon=options.epsilon),
+        )  # fmt: skip
+        began = time.perf_counter()
+        folder = root / "runs" / arm.name
+        calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
+        seconds, trainable, encoder = time.perf_counter() - began, calibrated.num_trainable, calibrated.merged()
+    model, original = (Classifier(each, task.centers).eval() for each in (encoder, frozen))
+    inputs, labels = sample(task, arm.modality, ~task.is_unseen(task.splits["test"]), 0, options.samples)
+    suite = AttackSuite(auto=AutoAttackConfig() if options.headline else REDUCED)
+    transfer = None if arm.placement == "frozen" else original
+    survived = suite.run(model, inputs, labels, frozen.box.radius(options.epsilon), arm.seed, transfer)
+    shares = {name: share_of(survived[name]).to_dict() for name in ("clean", "autoattack", "worst", NAIVE)}
+    entry = {
+        **vars(arm), "shares": shares, "trainable": trainable, "tower": count_weights(trunk_of(frozen)), "model": task_weights(task),
+        "seconds": seconds,
+    }  # fmt: skip
+    root.mkdir(parents=True, exist_ok=True)
+    (root / f"{arm.name}.json").write_text(json.dumps(entry, indent=1))
+
+
+def row_of(entry: dict, found: Sequence[dict]) -> list:
+    """COLUMNS of one arm, beside the frozen encoder of its modality and seed, where that was run."""
+    shares = entry["shares"]
+    clean, auto = shares["clean"]["share"], shares["autoattack"]
+    same = [e["shares"] for e in found if (e["modality"], e["seed"], e["placement"]) == (entry["modality"], entry["seed"], "frozen")]
+    frozen = same[0] if same else None
+    gain = 100 * (auto["share"] - frozen["autoattack"]["share"]) if frozen else float("nan")
+    change = 100 * (clean - frozen["clean"]["share"]) if frozen else float("nan")
+    return [
+        entry["modality"], entry["placement"], entry["objective"], entry["seed"], 100 * clean, 100 * auto["share"], 100 * auto["low"],
+        100 * auto["high"], 100 * shares["worst"]["share"], 100 * shares["naive"]["share"], gain, change, entry["trainable"],
+        100 * entry["trainable"] / entry["tower"], 100 * entry["trainable"] / entry["model"], entry["seconds"],
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

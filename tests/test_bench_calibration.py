@@ -1,0 +1,36 @@
+"""Laws of the calibration table: every row once, and a row that is what its arm measured."""
+
+import argparse
+import json
+from pathlib import Path
+
+from tests.benchmarks.bench_calibration import COLUMNS, Arm, plan, row_of, run_arm
+
+
+def options(**changes) -> argparse.Namespace:
+    settings = {
+        "task": "tests.drawn_shapes:build_task", "task_options": {}, "modalities": ["heat", "image"], "every_objective": ["ce", "l2"],
+        "placements": ["frozen", "head", "head+adapters"], "objectives": ["combined"], "ablate": "", "seeds": [0], "steps": 10, "rank": 2,
+        "epsilon": 4.0, "samples": 8, "headline": False, "threads": 1,
+    }  # fmt: skip
+    return argparse.Namespace(**settings | changes)
+
+
+def test_every_row_is_planned_once() -> None:
+    arms = plan(options(ablate="heat", seeds=[0, 1]))
+    assert len(arms) == len({arm.name for arm in arms}) == 2 * ((1 + 2 * 2) + (1 + 2 * 1))
+    assert sum(arm.placement == "frozen" for arm in arms) == 4
+    assert {arm.objective for arm in arms if arm.modality == "image"} == {"-", "combined"}
+
+
+def test_a_row_is_what_its_arm_measured(tmp_path: Path) -> None:
+    arms = [Arm("heat", "frozen", "-"), Arm("heat", "head+adapters", "ce")]
+    for arm in arms:
+        run_arm(arm, options(), tmp_path)
+    found = [json.loads((tmp_path / f"{arm.name}.json").read_text()) for arm in arms]
+    frozen, trained = (dict(zip(COLUMNS, row_of(entry, found), strict=True)) for entry in found)
+    assert frozen["trainable"] == frozen["seconds"] == frozen["gain over frozen"] == 0
+    assert trained["trainable"] > 0 and trained["seconds"] > 0 and trained["% of model"] < trained["% of tower"]
+    assert trained["gain over frozen"] == trained["AutoAttack %"] - frozen["AutoAttack %"]
+    for row in (frozen, trained):
+        assert row["95 % low"] <= row["AutoAttack %"] <= row["95 % high"] and row["worst case %"] <= row["AutoAttack %"] <= row["clean %"]
