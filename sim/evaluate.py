@@ -83,6 +83,7 @@ class EvaluateConfig:
     gif: bool = False  # a small gif beside each film
     watch: str | None = None  # address of a server's page (`vla serve`) that shows the episodes as they run; draws every step
     perturb: PerturbConfig = field(default_factory=PerturbConfig)  # what is changed about the episodes
+    mesh_detail: float = 1.0  # share of the meshes' triangles drawn: `vla collect`'s, to tell its frames from a policy's failings
     shard: str | None = None  # "i/n": every n-th episode from the i-th on, i from 0; `vla merge-evaluations` joins the shards
 
     @property
@@ -123,6 +124,9 @@ def evaluate_into(
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
     identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode, "shard": config.shard}
     identity |= {"attack": config.attack} if config.attack else {}
+    if config.mesh_detail != 1:
+        identity["mesh_detail"] = config.mesh_detail
+        build = functools.partial(build, mesh_detail=config.mesh_detail)
     rows = open_evaluation(folder, identity, resume=config.resume)
     wanted = shard_of(config.episode_list, config.shard)
     jobs = [
@@ -178,6 +182,8 @@ def run_episodes(
     def started(worker_facts: dict[str, Any]) -> None:
         check_robot(policy, worker_facts["spec"])
         facts.update(worker_facts)
+        if config.mesh_detail != 1:
+            facts["assets"] += f", meshes at {config.mesh_detail:g}"
 
     with tqdm(total=len(jobs), unit="episode", desc=config.suite) as bar:
 
@@ -256,6 +262,8 @@ def check(config: EvaluateConfig) -> None:
     for name in ("episodes", "workers", "max_batch"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    if not 0 < config.mesh_detail <= 1:
+        raise ValueError(f"mesh_detail is {config.mesh_detail}; allowed: above 0, up to 1 (meshes as they are).")
     shard_of(config.episode_list, config.shard)
 
 
@@ -273,6 +281,7 @@ def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
     name = f"{config.suite}-{config.split}-{checkpoint[:8]}"
     name += "" if config.perturb.kind == NONE else f"-{config.perturb.name}"
     name += f"-{config.attack.get('kind', 'untargeted')}" if config.attack else ""
+    name += "" if config.mesh_detail == 1 else f"-meshes-{config.mesh_detail:g}"
     name += "" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}"
     return Path(config.output_dir or remask_home() / "evaluations" / name).expanduser()
 
