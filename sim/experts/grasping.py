@@ -32,6 +32,8 @@ ROOM = 0.004  # m, wanted around fingers and palm at a grasp
 ANY_SIDE = (DOWN, *(tilted(side, np.radians(angle)) for angle in (60, 20) for side in np.eye(3)[[0, 1, 1]] * SIDES))
 LEAN = 2.0  # cost of an approach per rad from the first one
 CROWDED = 1.5  # crowding from which on other approaches are tried
+DROPS = (0.0, 0.03, 0.06)  # m above its place, from which a body may be let go: into a basket without the hand
+DROP_COST = 5.0  # of a drop, per m
 BATCH = 8  # pinches, best first, that are tested against the scene together
 
 
@@ -90,7 +92,7 @@ def choose_grasp(
                 break
             crowded = crowding(positions[batch], rotations[batch], near)
             if there is not None:
-                crowded += crowding(positions[batch], rotations[batch], there)
+                crowded += least_crowding(positions[batch], rotations[batch], there)
             total = cost[batch] + crowded
             least = int(np.argmin(total))
             if total[least] < best_cost:
@@ -127,6 +129,15 @@ def crowding(positions: np.ndarray, rotations: np.ndarray, obstacles: Boxes) -> 
         return np.zeros(len(positions))
     room = separations(swept_boxes(positions, rotations), obstacles).min(axis=1).reshape(2, -1)
     return (3.0 * np.clip(0.5 - 0.5 * room / ROOM, 0.0, 1.0) + 50.0 * np.maximum(0.0, -ROOM - room)).sum(axis=0)
+
+
+def least_crowding(positions: np.ndarray, rotations: np.ndarray, obstacles: Boxes) -> np.ndarray:
+    """Cost of letting go at M poses, or a little above them where that gives the hand room: [M].
+
+    Without the drop a hand would rather pinch the last centimetre of a bottle than reach into a basket with it.
+    """
+    costs = [DROP_COST * drop + crowding(positions + [0.0, 0.0, drop], rotations, obstacles) for drop in DROPS]
+    return np.min(costs, axis=0)
 
 
 def is_between_pads(world: World, body: Body) -> bool:
