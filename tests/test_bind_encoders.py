@@ -15,7 +15,8 @@ from multimodal.bind.bound_checkpoint import load_bound
 from multimodal.bind.centers import SemanticCenters, build_centers
 from multimodal.bind.corpus_file import LABEL, SPLITS, START, BoundManifest, ObjectClass, write_manifest, write_rows
 from multimodal.bind.data import BoundSamples, augment
-from multimodal.bind.encoders import BindConfig, BoundModel, TrunkConfig, TrunkEncoder, check_encoder
+from multimodal.bind.encoder_checks import check_encoder
+from multimodal.bind.encoders import BindConfig, BoundModel, TrunkConfig, TrunkEncoder
 from multimodal.bind.modalities import MEL_SIZE, LogMel, PointPatches, box_of, build_patches, farthest_points
 from multimodal.bind.sensors import SENSORS
 from multimodal.decoder import Decoder

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from multimodal.bind.centers import SemanticCenters
-from multimodal.bind.encoders import check_encoder
+from multimodal.bind.encoder_checks import check_encoder
 from multimodal.bind.layouts.imagebind import STEMS, load_imagebind_tower, tower_shape
 from multimodal.bind.layouts.languagebind import LanguageBindEncoder, languagebind_encoder
 from multimodal.bind.layouts.published import (

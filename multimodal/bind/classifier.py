@@ -1,12 +1,11 @@
-"""Zero-shot classification: an encoder against frozen centers; and the checks an encoder, centers and inputs must pass."""
+"""Zero-shot classification: an encoder against frozen centers, and the checks that centers must pass."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from multimodal.bind.interface import Box, ModalityEncoder, check_inputs
+from multimodal.bind.interface import ModalityEncoder
 
 
 class Classifier(nn.Module):
@@ -54,32 +53,6 @@ def check_centers(centers: Tensor, dimension: int, class_names: Sequence[str] | 
             f"Centers have norms from {float(norms.min()):.4g} to {float(norms.max()):.4g}; unit vectors are needed: "
             "normalise them over the last dimension."
         )
-
-
-def as_stored(box: Box) -> Box:
-    """The box with bounds as float32 rounds them, outwards: what a value clamped to the box can be (58.86 is stored as 58.860001)."""
-    low, high = torch.tensor([box.low, box.high], dtype=torch.float32).tolist()
-    return replace(box, low=min(low, box.low), high=max(high, box.high))
-
-
-def check_encoder(encoder: ModalityEncoder, inputs: Tensor) -> None:
-    """Raise ValueError unless the encoder gives finite unit vectors of its width, the same ones twice, on inputs in its box."""
-    check_inputs(as_stored(encoder.box), encoder.modality, inputs)
-    with torch.no_grad():
-        first, second = encoder.embed(inputs), encoder.embed(inputs)
-    if first.shape != (len(inputs), encoder.dimension):
-        raise ValueError(
-            f"The {encoder.modality} encoder says dimension {encoder.dimension} and embeds {len(inputs)} inputs to "
-            f"{list(first.shape)}; correct `dimension`."
-        )
-    if not torch.equal(first, second):
-        raise ValueError(
-            f"The {encoder.modality} encoder embeds the same inputs differently (by up to {float((first - second).abs().max()):.3g}): "
-            "call eval() on its trunk (dropout, batch norm), or average its noise inside `embed`."
-        )
-    off = (first.norm(dim=1) - 1).abs().max()
-    if not off < 1e-3:
-        raise ValueError(f"Embeddings of the {encoder.modality} encoder are off unit length by {float(off):.3g}; normalise in `embed`.")
 
 
 def check_modality(encoders: Mapping[str, ModalityEncoder], modality: str) -> ModalityEncoder:

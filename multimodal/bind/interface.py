@@ -35,7 +35,8 @@ class Box:
 class ModalityEncoder(Protocol):
     """A frozen or calibrated encoder of one modality into the shared space.
 
-    In eval mode `embed` is deterministic. Whoever takes one in checks it with `check_encoder`.
+    In eval mode `embed` is deterministic. Whoever takes one in checks it with
+    `multimodal.bind.encoder_checks.check_encoder`.
     """
 
     modality: str
@@ -53,7 +54,9 @@ def check_inputs(box: Box, modality: str, inputs: Tensor) -> None:
     if not torch.isfinite(inputs).all():
         raise ValueError(f"{modality} inputs hold values that are not finite; mend or drop those samples.")
     low, high = float(inputs.min()), float(inputs.max())
-    if low < box.low or high > box.high:
+    # A value clamped to the box has the bounds as its own type rounds them: 58.86 is 58.860001 in float32.
+    lowest, highest = torch.tensor([box.low, box.high], dtype=inputs.dtype).tolist()
+    if low < min(box.low, lowest) or high > max(box.high, highest):
         raise ValueError(
             f"{modality} inputs lie in [{low:.4g}, {high:.4g}] {box.unit}; allowed: [{box.low:.4g}, {box.high:.4g}]. "
             "Convert the unit or clamp before encoding."

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from multimodal.bind.classifier import as_stored, check_centers, check_encoder, check_modality
+from multimodal.bind.classifier import check_centers, check_modality
+from multimodal.bind.encoder_checks import check_encoder
 from multimodal.bind.interface import ModalityEncoder, check_inputs
 
 SPLITS = ("train", "validation", "test")
@@ -47,10 +48,10 @@ class BindTask:
         for name, bound in self.splits.items():
             if modality not in bound.inputs:
                 raise ValueError(f"Split {name!r} has no {modality!r} inputs; it has {sorted(bound.inputs)}.")
-            check_inputs(as_stored(encoder.box), modality, bound.inputs[modality])
+            check_inputs(encoder.box, modality, bound.inputs[modality])
             if name != "test" and torch.isin(bound.labels, torch.tensor(self.unseen, dtype=torch.long)).any():
                 raise ValueError(f"Split {name!r} holds samples of the unseen classes {list(self.unseen)}; drop them.")
-        check_encoder(encoder, self.splits["test"].inputs[modality][:4])
+        check_encoder(encoder, self.splits["test"].inputs[modality][:4], modalities=None)
         return encoder
 
     def is_unseen(self, bound: Bound) -> Tensor:
