@@ -49,6 +49,7 @@ class DaggerConfig:
     dataset: list[Path] = field(default_factory=list)  # demonstrations it was trained on; corrections are added to them
     train: Path = Path("configs/lift_demo.yaml")  # settings of `vla train` for each round
     minutes: float | None = None  # of training in a round; default: as `train` says
+    steps: int | None = None  # of training in a round, for a machine that is not quiet; it replaces the minutes unless both are given
     suite: str = "robosuite_lift"
     tasks: list[int] | None = None  # default: all
     output_dir: Path | None = None  # default: REMASK_HOME/dagger/<suite>
@@ -59,6 +60,7 @@ class DaggerConfig:
     decay: float = 0.5  # of that, from round to round
     execution_horizon: int | None = None  # actions executed of each chunk; default: as `vla eval`
     max_steps: int | None = None  # default: the suite's openpi limit
+    mesh_detail: float = 1.0  # of the corrections' frames, see `vla collect`; evaluation draws the meshes as they are
     workers: int = 2  # simulator processes
 
     @property
@@ -169,6 +171,8 @@ def collect_corrections(
         for row in read_rows(folder / "episodes.jsonl")
         if row["error"] is None and demonstration.staged_path(staged, row["task"], row["index"]).exists()
     }
+    if config.mesh_detail != 1:
+        build = functools.partial(build, mesh_detail=config.mesh_detail)
     first = FIRST_INDEX + number * ROUND_STARTS
     wanted = [CorrectionJob(task, first + episode) for task in config.task_list for episode in range(config.episodes)]
     missing = [job for job in wanted if (job.task, job.index) not in rows]
@@ -283,6 +287,9 @@ def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[
     arguments.append("--dataset.root=[" + ", ".join(str(path) for path in data) + "]")
     if config.minutes is not None:
         arguments.append(f"--training.minutes={config.minutes}")
+    if config.steps is not None:
+        arguments.append(f"--training.steps={config.steps}")
+        arguments += ["--training.minutes=null"] if config.minutes is None else []
     if config.tasks is not None:
         arguments.append(f"--dataset.tasks={config.tasks}")
     settings = parse_config(TrainConfig, arguments, verb="train")
