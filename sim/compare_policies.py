@@ -8,7 +8,8 @@ from rich.console import Console
 
 from sim.compare import Pair, compare, pair_episodes, table, tail
 from sim.environment import Environment
-from sim.evaluate import EvaluateConfig, PolicySource, check, evaluate, load_source
+from sim.evaluate import EvaluateConfig, check, evaluate
+from sim.policy_source import PolicySource, load_source
 from sim.results import EpisodeRow
 from sim.suites import build_environment
 from vla.home import remask_home

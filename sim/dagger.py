@@ -27,8 +27,9 @@ from sim import correction, demonstration, packing
 from sim.collect import default_expert
 from sim.correction import CorrectionJob, CorrectionSettings
 from sim.environment import Environment
-from sim.evaluate import EvaluateConfig, PolicySource, answer, check_robot, evaluate, policy_threads
+from sim.evaluate import EvaluateConfig, check_robot, evaluate
 from sim.folder_lock import locked
+from sim.policy_source import PolicySource, answer, policy_threads
 from sim.results import append_row, differences, read_rows, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
@@ -49,7 +50,7 @@ class DaggerConfig:
     dataset: list[Path] = field(default_factory=list)  # demonstrations it was trained on; corrections are added to them
     train: Path = Path("configs/lift_demo.yaml")  # settings of `vla train` for each round
     minutes: float | None = None  # of training in a round; default: as `train` says
-    steps: int | None = None  # of training in a round, for a machine that is not quiet; it replaces the minutes unless both are given
+    steps: int | None = None  # of training in a round, instead of minutes: for a machine that is not quiet
     suite: str = "robosuite_lift"
     tasks: list[int] | None = None  # default: all
     output_dir: Path | None = None  # default: REMASK_HOME/dagger/<suite>

@@ -15,7 +15,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sim.collect import CollectConfig, collect
-from sim.evaluate import EvaluateConfig, PolicySource, evaluate
+from sim.evaluate import EvaluateConfig, evaluate
+from sim.policy_source import PolicySource
 from sim.results import success_table, tally
 from vla.cli import parse_config
 from vla.home import remask_home

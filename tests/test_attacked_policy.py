@@ -12,7 +12,8 @@ from multimodal.bind.calibration import InnerAttackConfig
 from multimodal.config import ImageConfig
 from multimodal.images import prepare_images, prepare_pixels
 from multimodal.schedule import TrainingConfig
-from sim.evaluate import EvaluateConfig, attacked, output_dir
+from sim.evaluate import EvaluateConfig, output_dir
+from sim.policy_source import attacked
 from tests.reaching import SPEC, write_cache
 from tests.tiny_policy import ACTION_HORIZON, observations, write_policy
 from vla.attacked_policy import AttackedPolicy, PolicyAttackConfig, check_attack

@@ -12,8 +12,9 @@ import pytest
 
 import sim.evaluate
 from sim.episode_worker import Question
-from sim.evaluate import EvaluateConfig, answer, evaluate
+from sim.evaluate import EvaluateConfig, evaluate
 from sim.folder_lock import locked
+from sim.policy_source import answer
 from sim.results import EpisodeRow, read_episodes, read_rows
 from sim.seeds import start
 from sim.workers import Ask, Done, Ready, choose_task, run_jobs

@@ -19,7 +19,7 @@ from multimodal.layers import RMSNorm
 from multimodal.onnx_runner import OnnxRunner
 from multimodal.onnx_writer import OPSET, OnnxGraph, halved, quantise, write_graph
 from sim.compare_policies import ComparePoliciesConfig
-from sim.evaluate import PolicySource, load_source
+from sim.policy_source import PolicySource, load_source
 from tests.exporting import SharedGraphs, write_checkpoint
 from tests.reaching import SPEC
 from vla.cli import VERBS, parse_config

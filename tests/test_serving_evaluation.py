@@ -12,7 +12,8 @@ import pytest
 import sim.evaluate
 from serve.client import RemotePolicy
 from serve.server import ServeConfig
-from sim.evaluate import EvaluateConfig, PolicySource, evaluate, load_source
+from sim.evaluate import EvaluateConfig, evaluate
+from sim.policy_source import PolicySource, load_source
 from tests.point_world import PointPolicy, build_point_world
 from tests.serving import FAKE_POLICY, WEB, Running, running
 from tests.test_evaluate import TIMES

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from sim.evaluate import EvaluateConfig, PolicySource
+from sim.evaluate import EvaluateConfig
+from sim.policy_source import PolicySource
 from tests.benchmarks import bench_options, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
 from tests.benchmarks.bench_options import OPTIONS, arms_of

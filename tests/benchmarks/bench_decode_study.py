@@ -12,7 +12,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from sim.evaluate import EvaluateConfig, PolicySource
+from sim.evaluate import EvaluateConfig
+from sim.policy_source import PolicySource
 from tests.benchmarks.harness import parser, report
 from tests.benchmarks.studies import COLUMNS, add_study_options, base_config, chunk_milliseconds, evaluate_variants, study_rows
 from vla.home import remask_home

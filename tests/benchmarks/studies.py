@@ -11,7 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from sim.compare import compare, pair_episodes
-from sim.evaluate import EvaluateConfig, PolicySource, evaluate, load_source
+from sim.evaluate import EvaluateConfig, evaluate
+from sim.policy_source import PolicySource, load_source
 from sim.results import EpisodeRow, mean, tally
 from sim.seeds import start
 from sim.suites import build_environment
