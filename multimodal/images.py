@@ -25,7 +25,7 @@ def prepare_images(images: Tensor, config: ImageConfig, generator: torch.Generat
         raise ValueError(f"Images are {images.dtype} {list(images.shape)}; expected uint8 [..., H, W, 3].")
     height, width = images.shape[-3:-1]
     if min(height, width) < config.crop:
-        raise ValueError(f"Images of {height} x {width} pixels are smaller than the crop of {config.crop}; lower it (ImageConfig).")
+        raise ValueError(f"Images of {height} x {width} pixels are smaller than the crop of {config.crop}; lower it: --images.crop={int(0.95 * min(height, width))} (lerobot-train: --policy.images.crop).")
     frames = images.reshape(-1, height, width, 3)  # [N, H, W, 3]
     corners = _corners(len(frames), height - config.crop, width - config.crop, generator).to(frames.device)
     cropped = cut(frames, corners, config.crop).float()  # [N, 3, crop, crop], 0..255

@@ -127,12 +127,12 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
             steps=options.steps, batch_size=64, learning_rate=3e-3, warmup_steps=options.steps // 10, weight_decay=1e-4, ema_decay=0.0,
             beta2=0.999, device="cpu", threads=options.threads, seed=arm.seed, save_every=options.steps,
         )  # fmt: skip
+        folder = root / "runs" / arm.name
         config = TrainCalibrationConfig(
             modality=arm.modality, placement=placement, objective=named_objective(arm.objective), training=training,
-            attack=InnerAttackConfig(epsilon=options.epsilon),
+            attack=InnerAttackConfig(epsilon=options.epsilon), resume=(folder / "checkpoints").exists(),
         )  # fmt: skip
         began = time.perf_counter()
-        folder = root / "runs" / arm.name
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
         seconds, trainable, encoder = time.perf_counter() - began, calibrated.num_trainable, calibrated.merged()
     model, original = (Classifier(each, task.centers).eval() for each in (encoder, frozen))
