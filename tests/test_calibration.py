@@ -126,7 +126,7 @@ def targets(count: int = 6, seed: int = 0) -> tuple[torch.Tensor, Targets]:
 
 def test_every_term_is_its_formula() -> None:
     z, about = targets()
-    off = ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, comp_sum=1)
+    off = ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, clean_cross_entropy=0, comp_sum=1)
     logits = 14.0 * z @ about.centers.T
     rows = torch.arange(6)
     slow = {
@@ -147,7 +147,7 @@ def test_every_term_is_its_formula() -> None:
 
 def test_comp_sum_is_generalised_cross_entropy_and_the_movement_of_margins() -> None:
     z, about = targets()
-    config = ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, comp_sum=1, comp_sum_tau=1.5, comp_sum_smoothness=0.5)
+    config = ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, clean_cross_entropy=0, comp_sum=1, comp_sum_tau=1.5, comp_sum_smoothness=0.5)
     p = (14.0 * z @ about.centers.T).softmax(1)[torch.arange(6), about.labels]
     assert torch.allclose(clean_loss(z, about, config), (1 - p**0.5) / 0.5, atol=1e-4)
     assert attacked_loss(z, z, about, config).max() < 1e-5

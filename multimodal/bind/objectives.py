@@ -1,4 +1,4 @@
-"""What a calibration lowers: six terms on embeddings, each with a weight; the inner attack raises the same terms.
+"""What a calibration lowers: seven terms on embeddings, each with a weight; the inner attack raises the same terms.
 
 z = g(x + d) is the calibrated embedding of an attacked sample, z0 = f(x) the frozen one of the clean sample, c the centers,
 t the temperature (the inverse of the logit scale, sharp). Formulas after arXiv 2505.11895's three objectives (its text gives
@@ -23,7 +23,8 @@ class ObjectiveConfig:
     cross_entropy: float = 1.0  # -log softmax(<z, c> / t) of the label: fixed centers
     l2: float = 0.5  # ||z - z0||^2: clean to adversarial
     info_nce: float = 0.5  # -log softmax over the batch's z0 of the sample's own: clean against adversarial
-    clean_anchor: float = 0.5  # ||g(x) - z0||^2: keeps clean accuracy
+    clean_anchor: float = 0.5  # ||g(x) - z0||^2: keeps the clean embedding where it was
+    clean_cross_entropy: float = 1.0  # the label's again, of g(x): keeps clean accuracy
     consistency: float = 0.0  # 1 - <z, frozen embedding of the partner modality's clean sample>
     comp_sum: float = 0.0  # smooth adversarial comp-sum loss: clean loss + how far an attack moves the margins
     comp_sum_tau: float = 1.0  # 1: logistic; between 1 and 2: generalised cross-entropy
@@ -32,7 +33,7 @@ class ObjectiveConfig:
     temperature: float | None = None  # of the centers' softmax; default: one over the encoder's logit scale
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in (*ATTACKED, "clean_anchor")}
+        weights = {name: getattr(self, name) for name in (*ATTACKED, "clean_anchor", "clean_cross_entropy")}
         if min(weights.values()) < 0 or not any(weights.values()):
             raise ValueError(f"Objective weights are {weights}; they must be 0 or more, and one of them above 0.")
         if not 0 < self.comp_sum_tau < 2:
@@ -45,10 +46,10 @@ class ObjectiveConfig:
 
 
 NAMED = {
-    "ce": ObjectiveConfig(cross_entropy=1, l2=0, info_nce=0, clean_anchor=0),
-    "l2": ObjectiveConfig(cross_entropy=0, l2=1, info_nce=0, clean_anchor=0),
-    "nce": ObjectiveConfig(cross_entropy=0, l2=0, info_nce=1, clean_anchor=0),
-    "comp_sum": ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, comp_sum=1),
+    "ce": ObjectiveConfig(cross_entropy=1, l2=0, info_nce=0, clean_anchor=0, clean_cross_entropy=0),
+    "l2": ObjectiveConfig(cross_entropy=0, l2=1, info_nce=0, clean_anchor=0, clean_cross_entropy=0),
+    "nce": ObjectiveConfig(cross_entropy=0, l2=0, info_nce=1, clean_anchor=0, clean_cross_entropy=0),
+    "comp_sum": ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, clean_cross_entropy=0, comp_sum=1),
     "combined": ObjectiveConfig(),
     "consistent": ObjectiveConfig(consistency=0.5),
 }
@@ -92,8 +93,9 @@ def attacked_loss(embeddings: Tensor, clean: Tensor | None, targets: Targets, co
 def clean_loss(clean: Tensor, targets: Targets, config: ObjectiveConfig) -> Tensor:
     """The weighted terms on clean calibrated embeddings [B, D] -> [B]."""
     total = config.clean_anchor * (clean - targets.frozen).square().sum(1)
+    nll = F.cross_entropy(center_logits(clean, targets.centers, targets.scale), targets.labels, reduction="none")
+    total = total + config.clean_cross_entropy * nll
     if config.comp_sum:
-        nll = F.cross_entropy(center_logits(clean, targets.centers, targets.scale), targets.labels, reduction="none")
         order = config.comp_sum_tau - 1
         total = total + config.comp_sum * (nll if order == 0 else -torch.expm1(-order * nll) / order)
     return total
