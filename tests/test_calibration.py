@@ -226,7 +226,7 @@ def test_settings_that_cannot_train_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Unknown modality"):
         calibrate(TrainCalibrationConfig(modality="sonar"), task, tmp_path)
     with pytest.raises(ValueError, match="one of them above 0"):
-        ObjectiveConfig(0, 0, 0, 0)
+        ObjectiveConfig(0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="combined"):
         named_objective("fare")
 
