@@ -40,12 +40,13 @@ class Arm:
 
 
 def plan(options: argparse.Namespace) -> list[Arm]:
-    """Frozen once a modality and seed; every placement with each objective; all objectives for `--ablate`."""
+    """Frozen once a modality and seed; every placement with each objective; all objectives for `--ablate` in its last placement."""
     arms = []
     for seed in options.seeds:
         for modality in options.modalities:
-            objectives = options.every_objective if modality == options.ablate else options.objectives
             for placement in options.placements:
+                every = modality == options.ablate and placement == options.placements[-1]
+                objectives = options.every_objective if every else options.objectives
                 arms += [Arm(modality, placement, name, seed) for name in (["-"] if placement == "frozen" else objectives)]
     return arms
 
@@ -57,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--modalities", nargs="+", default=["heat", "image"])
     arguments.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
     arguments.add_argument("--objectives", nargs="+", default=["combined"])
-    arguments.add_argument("--ablate", default="", help="modality that runs every objective")
+    arguments.add_argument("--ablate", default="", help="modality that runs every objective, in the last of the placements")
     arguments.add_argument("--every_objective", nargs="+", default=["ce", "l2", "nce", "comp_sum", "combined"])
-    arguments.add_argument("--steps", type=int, default=300, help="training steps of 64 samples, PGD-5")
-    arguments.add_argument("--rank", type=int, default=4, help="of the low-rank adapters")
+    arguments.add_argument("--steps", type=int, default=400, help="training steps of 64 samples, PGD-5")
+    arguments.add_argument("--rank", type=int, default=3, help="of the low-rank adapters")
     arguments.add_argument("--epsilon", type=float, default=4.0, help="255ths, in the modality's unit; training and judgement")
     arguments.add_argument("--samples", type=int, default=128)
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0])
