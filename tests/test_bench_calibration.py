@@ -18,8 +18,9 @@ def options(**changes) -> argparse.Namespace:
 
 def test_every_row_is_planned_once() -> None:
     arms = plan(options(ablate="heat", seeds=[0, 1]))
-    assert len(arms) == len({arm.name for arm in arms}) == 2 * ((1 + 2 * 2) + (1 + 2 * 1))
+    assert len(arms) == len({arm.name for arm in arms}) == 2 * ((1 + 1 + 2) + (1 + 1 + 1))
     assert sum(arm.placement == "frozen" for arm in arms) == 4
+    assert {arm.objective for arm in arms if arm.modality == "heat" and arm.placement == "head"} == {"combined"}
     assert {arm.objective for arm in arms if arm.modality == "image"} == {"-", "combined"}
 
 

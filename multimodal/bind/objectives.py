@@ -24,7 +24,7 @@ class ObjectiveConfig:
     l2: float = 0.25  # ||z - z0||^2: clean to adversarial
     info_nce: float = 0.25  # -log softmax over the batch's z0 of the sample's own: clean against adversarial
     clean_anchor: float = 0.5  # ||g(x) - z0||^2: keeps the clean embedding where it was
-    clean_cross_entropy: float = 4.0  # the label's again, of g(x): below 2 it costs 5 to 11 points of clean accuracy (docs/log.md)
+    clean_cross_entropy: float = 4.0  # the label's again, of g(x): keeps clean accuracy (docs/log.md)
     consistency: float = 0.0  # 1 - <z, frozen embedding of the partner modality's clean sample>
     comp_sum: float = 0.0  # smooth adversarial comp-sum loss: clean loss + how far an attack moves the margins
     comp_sum_tau: float = 1.0  # 1: logistic; between 1 and 2: generalised cross-entropy
