@@ -62,6 +62,15 @@ def test_yaml_then_command_line(yaml_file: Path) -> None:
     assert changed == Outer(Path("/data"), Inner(3e-4, (3, 4, 5)), 5.0, True, table={"a": 1, "b": 2})
 
 
+def test_naming_one_setting_of_a_group_leaves_the_others_as_help_shows_them(tmp_path: Path) -> None:
+    assert parse_config(Outer, ["--root=/x", "--inner.sizes=[7]"]).inner == Inner(0.5, (7,))
+    path = tmp_path / "part.yaml"
+    path.write_text("root: /x\ninner: {sizes: [7]}\n")
+    assert parse_config(Outer, [f"--config_path={path}"]).inner == Inner(0.5, (7,))
+    path.write_text("root: /x\ninner: {rate: 0.25}\n")
+    assert parse_config(Outer, [f"--config_path={path}", "--inner.sizes=[7]"]).inner == Inner(0.25, (7,))
+
+
 def test_negative_numbers_are_values() -> None:
     assert parse_config(Outer, ["--root=/x", "--minutes", "-1.5"]).minutes == -1.5
 

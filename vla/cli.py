@@ -261,7 +261,7 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, verb: str = "VER
         raise SystemExit(0)
     arguments = _checked_arguments(argv, settings, verb)
     try:
-        return draccus.parse(config_class, args=arguments)
+        return draccus.parse(config_class, args=[*arguments, *_outer_defaults(config_class, settings, arguments)])
     except FileNotFoundError as error:
         raise FileNotFoundError(f"no file {error.filename} (--config_path).") from error
     except YAMLError as error:
@@ -322,6 +322,36 @@ def _checked_arguments(argv: Sequence[str], settings: dict[str, _Setting], verb:
                 raise ValueError(f"--{name} needs a value: --{name}=...")
         result.append(f"--{name}={value}")
     return result
+
+
+def _outer_defaults(config_class: type, settings: dict[str, _Setting], arguments: Sequence[str]) -> list[str]:
+    """Arguments for what is not given, in groups of which something is, where the outer class's default is not the group's own."""
+    import yaml
+    from draccus import encode
+
+    values = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
+    given = set(values)
+    if "config_path" in values:
+        given |= set(_flat_keys(yaml.safe_load(Path(values["config_path"]).expanduser().read_text()) or {}))
+    hints = get_type_hints(config_class)
+    result = []
+    for field in fields(config_class):
+        if not is_dataclass(hints[field.name]) or not any(name.startswith(f"{field.name}.") for name in given):
+            continue
+        for own in _settings(hints[field.name], f"{field.name}."):
+            outer = settings[own.name].default
+            above = {own.name[:end] for end in range(len(own.name) + 1) if own.name[end : end + 1] in (".", "")}
+            if outer is MISSING or outer == own.default or above & given:
+                continue
+            text = yaml.safe_dump(encode(outer), default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
+            result.append(f"--{own.name}={text}")
+    return result
+
+
+def _flat_keys(values: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of a YAML file's leaves; those of groups stand as a whole where they hold no mapping."""
+    for key, value in values.items():
+        yield from _flat_keys(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [f"{prefix}{key}"]
 
 
 def _settings_help(config_class: type, settings: dict[str, _Setting], verb: str) -> str:
