@@ -51,6 +51,7 @@ NAMED = {
     "nce": ObjectiveConfig(cross_entropy=0, l2=0, info_nce=1, clean_anchor=0, clean_cross_entropy=0),
     "comp_sum": ObjectiveConfig(cross_entropy=0, l2=0, info_nce=0, clean_anchor=0, clean_cross_entropy=0, comp_sum=1),
     "combined": ObjectiveConfig(),
+    "robust": ObjectiveConfig(l2=0.5, info_nce=0.5, clean_cross_entropy=2.0),  # leans to robustness: some clean accuracy for more of it
     "consistent": ObjectiveConfig(consistency=0.5),
 }
 
