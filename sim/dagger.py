@@ -29,6 +29,7 @@ from sim.correction import CorrectionJob, CorrectionSettings
 from sim.environment import Environment
 from sim.evaluate import EvaluateConfig, check_robot, evaluate
 from sim.folder_lock import locked
+from sim.light_meshes import check_mesh_detail
 from sim.policy_source import PolicySource, answer, policy_threads
 from sim.results import append_row, differences, read_rows, tally
 from sim.seeds import start
@@ -145,6 +146,7 @@ def check(config: DaggerConfig) -> None:
     for name, low, high in (("mixing", 0, 1), ("decay", 0, 1), ("rounds", 1, 1000), ("episodes", 1, ROUND_STARTS)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: {low} to {high}.")
+    check_mesh_detail(config.mesh_detail)
     if not config.policy or not config.dataset:
         raise ValueError("Which policy, trained on what? Give --policy=RUN/checkpoints/last/policy --dataset='[DATA]'.")
 

@@ -31,6 +31,7 @@ from tqdm import tqdm
 from sim.environment import Environment
 from sim.episode_worker import EpisodeJob, EpisodeSettings, version, work
 from sim.folder_lock import locked
+from sim.light_meshes import check_mesh_detail
 from sim.perturbations.kinds import NONE, PerturbConfig
 from sim.policy_source import PolicySource, answer, attacked, load_source, policy_threads
 from sim.results import EpisodeRow, append_row, differences, eval_info, read_episodes, success_table, tally
@@ -227,8 +228,7 @@ def check(config: EvaluateConfig) -> None:
     for name in ("episodes", "workers", "max_batch"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
-    if not 0 < config.mesh_detail <= 1:
-        raise ValueError(f"mesh_detail is {config.mesh_detail}; allowed: above 0, up to 1 (meshes as they are).")
+    check_mesh_detail(config.mesh_detail)
     shard_of(config.episode_list, config.shard)
 
 

@@ -18,6 +18,12 @@ SAME_SIDE = 0.5  # cosine from which two normals belong to the same side of a wa
 LISTS_PER_MESH = 2  # MuJoCo's display lists: the mesh, its convex hull
 
 
+def check_mesh_detail(detail: float) -> None:
+    """Raise ValueError unless it is a share of triangles."""
+    if not 0 < detail <= 1:
+        raise ValueError(f"mesh_detail is {detail}; allowed: above 0, up to 1 (meshes as they are).")
+
+
 @dataclass(frozen=True)
 class Triangles:
     """F triangles: positions [F, 3, 3] m in the mesh's frame, unit normals [F, 3, 3], texture coordinates [F, 3, 2] or None."""

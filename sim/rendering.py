@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sim.camera_view import DRAWN_GROUP, CameraView
-from sim.light_meshes import lighten
+from sim.light_meshes import check_mesh_detail, lighten
 
 EGL_PLATFORM_DEVICE_EXT = 0x313F  # EGL_EXT_platform_device
 HIDDEN_GROUP = 0  # collision geoms are in it
@@ -122,8 +122,7 @@ class Renderer:
     """
 
     def __init__(self, model: Any, data: Any, mesh_detail: float = 1.0):
-        if not 0 < mesh_detail <= 1:
-            raise ValueError(f"mesh_detail is {mesh_detail}; allowed: above 0, up to 1 (meshes as they are).")
+        check_mesh_detail(mesh_detail)
         self._mesh_detail = mesh_detail
         self._model = model
         self._data = data

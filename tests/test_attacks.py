@@ -12,6 +12,7 @@ from multimodal.bind.ball import Ball
 from multimodal.bind.classifier import Classifier, center_logits, check_centers
 from multimodal.bind.encoder_checks import check_encoder
 from multimodal.bind.interface import Box, check_inputs
+from multimodal.bind.modalities import box_of
 from multimodal.bind.reference_attacks import AutoAttackConfig, autoattack, foolbox_pgd, plane_shape, square_fits
 from tests.drawn_shapes import BOXES, build_task, centers
 
@@ -170,6 +171,9 @@ def test_a_value_clamped_to_its_box_is_in_it() -> None:
     check_inputs(box, "trace", clamped)
     with pytest.raises(ValueError, match="Convert the unit"):
         check_inputs(box, "trace", clamped * (1 + 1e-6))
+    for name, refused in (("image", torch.tensor([1.0]).nextafter(torch.tensor(2.0))), ("depth", torch.tensor([0]))):
+        with pytest.raises(ValueError, match="Convert the unit"):  # bounds that the type holds, and integers, have no slack
+            check_inputs(box_of(name), name, refused)
 
 
 class _Dropping(nn.Module):

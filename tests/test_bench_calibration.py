@@ -4,7 +4,9 @@ import argparse
 import json
 from pathlib import Path
 
-from tests.benchmarks.bench_calibration import COLUMNS, Arm, plan, row_of, run_arm
+import pytest
+
+from tests.benchmarks.bench_calibration import COLUMNS, Arm, check_root, plan, row_of, run_arm
 
 
 def options(**changes) -> argparse.Namespace:
@@ -22,6 +24,14 @@ def test_every_row_is_planned_once() -> None:
     assert sum(arm.placement == "frozen" for arm in arms) == 4
     assert {arm.objective for arm in arms if arm.modality == "heat" and arm.placement == "head"} == {"combined"}
     assert {arm.objective for arm in arms if arm.modality == "image"} == {"-", "combined"}
+
+
+def test_arms_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
+    check_root(tmp_path, options())
+    check_root(tmp_path, options(modalities=["heat"], seeds=[1]))
+    for changes in ({"rank": 1}, {"task_options": {"model": "other"}}):
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} was .*Give another --root"):
+            check_root(tmp_path, options(**changes))
 
 
 def test_a_row_is_what_its_arm_measured(tmp_path: Path) -> None:

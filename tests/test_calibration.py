@@ -253,3 +253,11 @@ def test_the_command_trains_and_judges(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert code in (0, 1) and "## Sanity: calibrated" in shown and (tmp_path / "report" / "robustness.json").exists()
     assert code == (1 if "SANITY FAILED" in shown else 0)
+
+
+def test_a_task_called_with_what_it_does_not_take_is_refused() -> None:
+    from vla.calibrate import main
+
+    for options in ("{}", "{model: x, corpus: y, colour: red}"):
+        with pytest.raises(ValueError, match=r"bound_task:build_task\(model.*Give --task_options"):
+            main(["eval", "--task=multimodal.bind.bound_task:build_task", f"--task_options={options}"])

@@ -1,5 +1,6 @@
 """`vla calibrate train | eval | policy`: make encoders, or a policy's eyes, robust; and judge them."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,14 @@ def _policy(argv: Sequence[str]) -> int:
 
 
 def _task(target: str | None, options: dict[str, Any]):
-    """The task of "module:function", called with the options. Raises ValueError without one."""
+    """The task of "module:function", called with the options. Raises ValueError without one, or if the options are not its."""
     if not target or ":" not in target:
         raise ValueError(f"--task is {target!r}; give \"module:function\", a function that returns a multimodal.bind.task.BindTask.")
-    return resolve(target)(**options)
+    build = resolve(target)
+    try:
+        inspect.signature(build).bind(**options)
+    except TypeError as error:
+        raise ValueError(
+            f"{target}{inspect.signature(build)} cannot be called: {error}. Give --task_options='{{name: value}}'."
+        ) from error
+    return build(**options)

@@ -332,7 +332,8 @@ def _outer_defaults(config_class: type, settings: dict[str, _Setting], arguments
     values = dict(argument.removeprefix("--").split("=", 1) for argument in arguments)
     given = set(values)
     if "config_path" in values:
-        given |= set(_flat_keys(yaml.safe_load(Path(values["config_path"]).expanduser().read_text()) or {}))
+        settings_of_file = yaml.safe_load(Path(values["config_path"]).expanduser().read_text())
+        given |= set(_flat_keys(settings_of_file)) if isinstance(settings_of_file, dict) else set()
     hints = get_type_hints(config_class)
     result = []
     for field in fields(config_class):

@@ -54,9 +54,11 @@ def check_inputs(box: Box, modality: str, inputs: Tensor) -> None:
     if not torch.isfinite(inputs).all():
         raise ValueError(f"{modality} inputs hold values that are not finite; mend or drop those samples.")
     low, high = float(inputs.min()), float(inputs.max())
-    # A value clamped to the box has the bounds as its own type rounds them: 58.86 is 58.860001 in float32.
-    lowest, highest = torch.tensor([box.low, box.high], dtype=inputs.dtype).tolist()
-    if low < min(box.low, lowest) or high > max(box.high, highest):
+    lowest, highest = box.low, box.high
+    if inputs.is_floating_point():  # clamped values have the bounds as their own type rounds them: 58.86 is 58.860001 in float32
+        rounded = torch.tensor([lowest, highest], dtype=inputs.dtype).tolist()
+        lowest, highest = min(lowest, rounded[0]), max(highest, rounded[1])
+    if low < lowest or high > highest:
         raise ValueError(
             f"{modality} inputs lie in [{low:.4g}, {high:.4g}] {box.unit}; allowed: [{box.low:.4g}, {box.high:.4g}]. "
             "Convert the unit or clamp before encoding."

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sim.results import differences
 from tests.benchmarks.harness import parser, report
 from vla.cli import resolve
 from vla.home import remask_home
 
 PLACEMENTS = ("frozen", "head", "adapters", "head+adapters")
+SHARED = ("task", "task_options", "steps", "rank", "epsilon", "samples", "headline")  # settings that all arms of a table share
 COLUMNS = (
     "modality", "placement", "objective", "seed", "clean %", "AutoAttack %", "95 % low", "95 % high", "worst case %", "naive says %",
     "gain over frozen", "clean change", "trainable", "% of tower", "% of model", "seconds",
@@ -78,6 +80,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.arm:
         run_arm(Arm(**json.loads(options.arm)), options, root)
         return 0
+    check_root(root, options)
     began = time.perf_counter()
     arms = plan(options)
     run_all(arms, list(sys.argv[1:] if argv is None else argv), root, options.concurrent)
@@ -87,6 +90,16 @@ def main(argv: list[str] | None = None) -> int:
         samples=options.samples, steps=options.steps, reference=kind, minutes=(time.perf_counter() - began) / 60,
     )  # fmt: skip
     return 0
+
+
+def check_root(root: Path, options: argparse.Namespace) -> None:
+    """Raise ValueError if the finished arms in `root` were made with other settings than these."""
+    settings, now = root / "settings.json", {name: getattr(options, name) for name in SHARED}
+    changed = differences(json.loads(settings.read_text()), now) if settings.exists() else ""
+    if changed:
+        raise ValueError(f"{root} holds arms of another table: {changed}. Give another --root, or remove it.")
+    root.mkdir(parents=True, exist_ok=True)
+    settings.write_text(json.dumps(now, indent=1))
 
 
 def run_all(arms: Sequence[Arm], argv: list[str], root: Path, concurrent: int) -> None:
