@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
     arguments.add_argument("--objectives", nargs="+", default=["combined"])
     arguments.add_argument("--ablate", default="", help="modality that runs every objective, in the last of the placements")
-    arguments.add_argument("--every_objective", nargs="+", default=["ce", "l2", "nce", "comp_sum", "combined"])
+    arguments.add_argument("--every_objective", nargs="+", default=["ce", "l2", "nce", "comp_sum", "combined", "consistent"])
+    arguments.add_argument("--partner", default="image", help="modality of the same samples that `consistent` keeps near")
     arguments.add_argument("--steps", type=int, default=400, help="training steps of 64 samples, PGD-5")
     arguments.add_argument("--rank", type=int, default=3, help="of the low-rank adapters")
     arguments.add_argument("--epsilon", type=float, default=4.0, help="255ths, in the modality's unit; training and judgement")
@@ -141,10 +142,10 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
             steps=options.steps, batch_size=64, learning_rate=3e-3, warmup_steps=options.steps // 10, weight_decay=1e-4, ema_decay=0.0,
             beta2=0.999, device="cpu", threads=options.threads, seed=arm.seed, save_every=options.steps,
         )  # fmt: skip
-        folder = root / "runs" / arm.name
+        folder, objective = root / "runs" / arm.name, named_objective(arm.objective)
         config = TrainCalibrationConfig(
-            modality=arm.modality, placement=placement, objective=named_objective(arm.objective), training=training,
-            attack=InnerAttackConfig(epsilon=options.epsilon), resume=(folder / "checkpoints").exists(),
+            modality=arm.modality, placement=placement, objective=objective, training=training,
+            partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(epsilon=options.epsilon), resume=(folder / "checkpoints").exists(),
         )  # fmt: skip
         began = time.perf_counter()
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
