@@ -145,7 +145,8 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
         folder, objective = root / "runs" / arm.name, named_objective(arm.objective)
         config = TrainCalibrationConfig(
             modality=arm.modality, placement=placement, objective=objective, training=training,
-            partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(epsilon=options.epsilon), resume=(folder / "checkpoints").exists(),
+            partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(epsilon=options.epsilon),
+            resume=(folder / "checkpoints").exists(),
         )  # fmt: skip
         began = time.perf_counter()
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
