@@ -6,15 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sim.boxes import Boxes
-from sim.environment import Body, Region, World
-from sim.experts import measure
-from sim.experts.geometry import HOME_FINGER_AXIS, TIP_LENGTH, angle_between_lines
+from sim.boxes import Boxes, overlaps
+from sim.environment import Body, Joint, Region, World
+from sim.experts import articulated, measure
+from sim.experts.geometry import HOME_FINGER_AXIS, TIP_LENGTH, angle_between_lines, swept_boxes, tilted
 from sim.experts.grasping import Grasp, choose_grasp
-from sim.experts.inserting import entrance, spot_under
+from sim.experts.inserting import TILTS, entrance, spot_under
 from sim.experts.motion import MAX_SPEED, MAX_TURN, OPEN, solids
 from sim.experts.programs import GoalExpert, NoisyExpert, build_expert
-from sim.experts.spots import spot_on
+from sim.experts.spots import spot_in, spot_on
 from sim.libero import find_assets
 from sim.seeds import start
 from sim.suites import build_environment
@@ -209,6 +209,62 @@ def test_a_roofed_region_is_entered_through_its_open_side():
     assert abs(spot[0] - 0.1) < 0.01 and 0.2 < spot[1] < 0.4 and 0.0 < spot[2] - 0.05 - floor < 0.03
     open_above = replace(oven, shape=shape[np.array([0, 2, 3, 4])])
     assert entrance(replace(world, bodies={**world.bodies, "oven": open_above}), inside) is None
+
+
+def test_a_hand_that_reaches_under_a_roof_meets_nothing_there():
+    offsets = np.array([[0, 0, -0.1], [0, 0, 0.07], [0.12, 0, 0], [-0.12, 0, 0], [0, 0.12, 0]], float)
+    slab, side, back = (0.12, 0.12, 0.01), (0.01, 0.12, 0.1), (0.12, 0.01, 0.1)
+    shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([slab, slab, side, side, back]))
+    oven = Body(np.array([0.1, 0.3, 0.5]), np.eye(3), np.array([0.13, 0.13, 0.11]), shape=shape)
+    inside = Region(oven.position_w - [0, 0, 0.01], np.eye(3), np.array([0.1, 0.1, 0.07]), owner="oven")
+    cup, inward = box((0.0, -0.1, 0.46), (0.03, 0.03, 0.06)), np.array([0.0, 1.0, 0.0])
+    world = world_with(oven=oven, cup=cup)
+    shift = spot_under(world, inside, cup, inward) - cup.origin_w
+    grasp = choose_grasp(
+        world, cup, oven.parts, approaches=[tilted(inward, tilt) for tilt in TILTS], shift=shift, drops=(0.0,)
+    )
+    there = swept_boxes((grasp.position_w + shift)[None], grasp.rotation_w[None])
+    assert not overlaps(there, oven.parts).any()
+    from_above = choose_grasp(world, cup, oven.parts, approaches=[tilted(inward, tilt) for tilt in TILTS], shift=shift)
+    there = swept_boxes((from_above.position_w + shift)[None], from_above.rotation_w[None])
+    assert overlaps(there, oven.parts).any(), "the law says something: a hand that may drop the cup through the roof would"
+
+
+def drawer(opening: float, rack_at: float | None = None) -> World:
+    """A cabinet whose lower drawer stands open towards the robot's side (-y), with a handle of the upper one over it."""
+    level = np.eye(3)
+    back = Body(np.array([0.0, 0.4, 0.2]), level, np.array([0.12, 0.01, 0.2]))
+    upper = Body(np.array([0.0, 0.19, 0.25]), level, np.array([0.05, 0.01, 0.008]))
+    lower = Body(np.array([0.0, 0.22 - opening, 0.1]), level, np.array([0.1, 0.005, 0.035]))
+    target = {"close": (0.0, np.inf), "open": (-np.inf, -0.14)}
+    slide = {"kind": "slide", "limits": (-0.16, 0.01), "axis_w": np.array([0.0, 1.0, 0.0]), "anchor_w": np.zeros(3)}
+    joints = {
+        name: Joint(value=value, link=link, owner="cabinet", targets=target, **slide)
+        for name, value, link in (("upper", 0.0, upper), ("lower", -opening, lower))
+    }
+    turned_over = np.array([[0.0, 0.0, -1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # as in LIBERO's cabinets
+    room = Region(np.array([0.0, 0.3 - opening, 0.1]), turned_over, np.array([0.03, 0.076, 0.1]), "cabinet", "lower")
+    bowl = box((0.0, -0.2, 0.03), (0.05, 0.05, 0.025))
+    bodies = {"cabinet": back, "bowl": bowl}
+    if rack_at is not None:
+        bodies["rack"] = box((0.0, rack_at, 0.2), (0.15, 0.02, 0.2))
+    return replace(world_with(**bodies), joints=joints, regions={"room": room})
+
+
+def test_a_drawer_is_filled_where_no_handle_hangs_over_it():
+    world = drawer(0.15)
+    room = world.regions["room"]
+    spot = spot_in(world, room, "bowl")
+    assert spot[2] == room.position_w[2], "moved on the level only, whichever way the region's own axes point"
+    assert spot[1] + 0.05 < 0.181 and spot[1] - 0.05 > 0.074, "between the handle above and the drawer's own front"
+
+
+def test_the_hand_that_pushes_a_drawer_leans_less_with_a_rack_behind_it():
+    downwards = [
+        -articulated.roomiest(world, "lower", *articulated.contact_point(world.joints["lower"], np.array([0.0, 1.0, 0.0])))[2]
+        for world in (drawer(0.15), drawer(0.15, rack_at=-0.12), drawer(0.15, rack_at=-0.5))
+    ]
+    assert downwards[1] > downwards[0] + 0.2 and downwards[2] == downwards[0]
 
 
 @pytest.mark.skipif(find_assets() is None, reason="LIBERO's assets are not on this machine (set REMASK_LIBERO_ASSETS)")

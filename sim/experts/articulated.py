@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from sim.boxes import UP, Boxes
+from sim.boxes import UP, Boxes, overlaps
 from sim.environment import Joint, World
 from sim.experts.geometry import (
     DOWN,
@@ -15,12 +15,13 @@ from sim.experts.geometry import (
     rotation_about,
     tilted,
     unit,
+    wrist_at,
 )
 from sim.experts.grasping import choose_grasp, is_held, reach_and_grasp
 from sim.experts.motion import CLOSE, servo, solids, travel
 
 PULL_TILTS = np.radians([45.0, 20.0, 0.0])  # below the horizontal, of a hand that takes a handle
-PUSH_TILT = np.radians(40.0)
+PUSH_TILTS = np.radians([40.0, 65.0, 85.0])  # below the horizontal, of a hand that pushes a drawer; the first with room
 SLIDE_MARGIN, HINGE_MARGIN = 0.008, 0.12  # m, rad: how far beyond the value that counts a joint is taken
 LEAD = 0.03  # m, how far ahead of itself the hand is sent along the joint's path: friction alone holds a handle
 BEFORE = 0.05  # m, in front of what is to be pushed
@@ -116,7 +117,8 @@ def follow(world: World, joint: Joint, sign: float) -> np.ndarray:
 def push(world: World, name: str, direction: np.ndarray) -> np.ndarray:
     """Push the moving part along `direction` with the tips of the closed fingers."""
     joint = world.joints[name]
-    contact, approach = contact_point(joint, direction)
+    contact, approaches = contact_point(joint, direction)
+    approach = roomiest(world, name, contact, approaches)
     across = horizontal(np.cross(UP, direction))
     rotation = comfortable(hand_rotation(approach, across)[None], world.gripper_rotation_w)[0]
     at_contact = contact - TIP_LENGTH * approach
@@ -132,8 +134,18 @@ def push(world: World, name: str, direction: np.ndarray) -> np.ndarray:
     return travel(world, before, rotation, CLOSE, solids(world))
 
 
-def contact_point(joint: Joint, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where to push the moving part along `direction`, and the approach of the hand: [3], [3].
+def roomiest(world: World, name: str, contact: np.ndarray, approaches: list[np.ndarray]) -> np.ndarray:
+    """The first of the approaches to a contact point that leaves the wrist room; the last if none does. [3]"""
+    others = solids(world, without=(name, world.joints[name].owner))
+    for approach in approaches:
+        rotation = hand_rotation(approach, horizontal(np.cross(UP, approach)))
+        if not overlaps(wrist_at(contact - TIP_LENGTH * approach, rotation), others).any():
+            return approach
+    return approaches[-1]
+
+
+def contact_point(joint: Joint, direction: np.ndarray) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Where to push the moving part along `direction`, and the approaches of the hand, the favourite first: [3], K of [3].
 
     A drawer: the middle of what stands out most, its handle. A door: its panel near the free edge, from above.
     """
@@ -142,7 +154,7 @@ def contact_point(joint: Joint, direction: np.ndarray) -> tuple[np.ndarray, np.n
         handle = outermost_parts(parts, -direction)
         middle = handle.position.mean(axis=0)
         face = -handle.span(-direction)[1].max()
-        return middle + (face - middle @ direction) * direction, tilted(direction, PUSH_TILT)
+        return middle + (face - middle @ direction) * direction, [tilted(direction, tilt) for tilt in PUSH_TILTS]
     panel = parts[[int(np.argmax(parts.half_extents.prod(axis=1)))]]
     middle = panel.position[0]
     arm = middle - joint.anchor_w
@@ -150,7 +162,7 @@ def contact_point(joint: Joint, direction: np.ndarray) -> tuple[np.ndarray, np.n
     face = -panel.span(-direction)[1].max()
     point = middle + 0.3 * arm
     point = point + (face - point @ direction) * direction
-    return np.array([point[0], point[1], panel.top - 0.025]), DOWN
+    return np.array([point[0], point[1], panel.top - 0.025]), [DOWN]
 
 
 def outermost_parts(parts: Boxes, direction: np.ndarray) -> Boxes:

@@ -21,6 +21,8 @@ PAD_NEAR, PAD_FAR = -0.012, 0.004  # where the pads are, along the approach
 PAD_HALF_WIDTH = 0.008
 MAX_OPENING = 0.076  # m, what fits between the pads (0.08 m nominal)
 
+WRIST_NEAR, WRIST_FAR = 0.1, 0.25  # m, from the grip site back along the approach: where the wrist's links are
+WRIST_HALF_WIDTH = 0.06
 WRIST_DISTANCE = 0.21  # m, from the grip site back along the approach to the wrist's centre
 COMFORTABLE_REACH = 0.73  # m, from the shoulder to the wrist's centre; the arm is straight at about 0.78
 
@@ -136,6 +138,12 @@ def swept_boxes(positions_w: np.ndarray, rotations_w: np.ndarray) -> Boxes:
 def hand_at(position_w: np.ndarray, rotation_w: np.ndarray, width: float) -> Boxes:
     """The three boxes of the hand at one pose."""
     return hand_boxes(position_w[None], rotation_w[None], width)
+
+
+def wrist_at(position_w: np.ndarray, rotation_w: np.ndarray) -> Boxes:
+    """One box around the flange and the last two links, for a pose of the grip site."""
+    half = np.array([WRIST_HALF_WIDTH, WRIST_HALF_WIDTH, 0.5 * (WRIST_FAR - WRIST_NEAR)])
+    return Boxes((position_w - 0.5 * (WRIST_NEAR + WRIST_FAR) * rotation_w[:, 2])[None], rotation_w[None], half[None])
 
 
 def ramp(value: float, low: float, high: float) -> float:

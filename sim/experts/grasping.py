@@ -58,13 +58,15 @@ def choose_grasp(
     *,
     approaches: Sequence[np.ndarray] = ANY_SIDE,
     shift: np.ndarray | None = None,
+    drops: Sequence[float] = DROPS,
     extra_cost: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> Grasp:
     """The pinch of a body with the least cost: square and deep, small turn of the wrist, room for the hand.
 
     others: everything else. approaches: directions the hand may come along, the favourite first. shift: where the body is to be put, as an
-    offset [3] m; the hand should have room there too. extra_cost: of grip positions [M, 3] -> [M]. The terms in the present
-    pose keep the choice from flipping between two equally good ones.
+    offset [3] m; the hand should have room there too. drops: heights above that place, m, from one of which the body may be let
+    go instead. extra_cost: of grip positions [M, 3] -> [M]. The terms in the present pose keep the choice from flipping
+    between two equally good ones.
     Raises ValueError if the hand cannot grasp the shape at all.
     """
     near = others[reachable(others, body, 0.35)]
@@ -92,7 +94,7 @@ def choose_grasp(
                 break
             crowded = crowding(positions[batch], rotations[batch], near)
             if there is not None:
-                crowded += least_crowding(positions[batch], rotations[batch], there)
+                crowded += least_crowding(positions[batch], rotations[batch], there, drops)
             total = cost[batch] + crowded
             least = int(np.argmin(total))
             if total[least] < best_cost:
@@ -131,12 +133,12 @@ def crowding(positions: np.ndarray, rotations: np.ndarray, obstacles: Boxes) -> 
     return (3.0 * np.clip(0.5 - 0.5 * room / ROOM, 0.0, 1.0) + 50.0 * np.maximum(0.0, -ROOM - room)).sum(axis=0)
 
 
-def least_crowding(positions: np.ndarray, rotations: np.ndarray, obstacles: Boxes) -> np.ndarray:
-    """Cost of letting go at M poses, or a little above them where that gives the hand room: [M].
+def least_crowding(positions: np.ndarray, rotations: np.ndarray, obstacles: Boxes, drops: Sequence[float]) -> np.ndarray:
+    """Cost of letting go at M poses, or by one of `drops` (m) above them where that gives the hand room: [M].
 
     Without the drop a hand would rather pinch the last centimetre of a bottle than reach into a basket with it.
     """
-    costs = [DROP_COST * drop + crowding(positions + [0.0, 0.0, drop], rotations, obstacles) for drop in DROPS]
+    costs = [DROP_COST * drop + crowding(positions + [0.0, 0.0, drop], rotations, obstacles) for drop in drops]
     return np.min(costs, axis=0)
 
 

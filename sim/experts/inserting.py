@@ -54,7 +54,7 @@ def put_under(world: World, name: str, region: Region, inward: np.ndarray) -> np
         return move_in(world, name, region, spot, inward)
     others = solids(world, without=(name,))
     approaches = [tilted(inward, tilt) for tilt in TILTS]
-    grasp = choose_grasp(world, body, others, approaches=approaches, shift=spot - body.origin_w)
+    grasp = choose_grasp(world, body, others, approaches=approaches, shift=spot - body.origin_w, drops=(0.0,))
     return reach_and_grasp(world, body, grasp, others)
 
 

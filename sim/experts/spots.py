@@ -1,28 +1,49 @@
 """Where in a region to put an object: within reach, in the middle if it is free, beside what stands or will stand there."""
 
+from collections.abc import Callable
+
 import numpy as np
 
+from sim.boxes import UP, Boxes, separations
 from sim.environment import Body, Region, World
 from sim.experts.geometry import HOME_ROTATION, overreach
 
 GRID = np.stack(np.meshgrid(*[np.linspace(-1.0, 1.0, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
 BORDER = 0.02  # m, from the border of a region to where the origin of an object that stands on it may be
 BESIDE = 0.01  # m, wanted between two objects that stand on one region
+WAY_DOWN = 0.4  # m, above the middle of a region, from which an object is let down
 NEAR = 0.05  # m around a region, within which an object takes room from it
 
 
 def spot_in(world: World, region: Region, name: str) -> np.ndarray:
-    """Where to let body `name` down into a region with walls: in the middle, or as far towards the robot as reach demands."""
+    """Where to let body `name` down into a region with walls: near the middle, clear of the walls and of what hangs over it.
+
+    As far towards the robot as reach demands. A drawer that is not fully out lies partly under the handles of those above.
+    """
     body = world.bodies[name]
     size = np.linalg.norm(body.half_extents[:2])
-    offsets = offsets_in(region, np.maximum(0.6 * region.half_extents, region.half_extents - size)[:2])
-    return region.position_w + offsets[int(np.argmin(effort(world, region, body, offsets)))]
+    offsets = offsets_in(region, lambda half: np.maximum(0.6 * half, half - size))
+    cost = effort(world, region, body, offsets) + 20.0 * walled(world, region, body, region.position_w + offsets)
+    return region.position_w + offsets[int(np.argmin(cost))]
+
+
+def walled(world: World, region: Region, body: Body, spots: np.ndarray) -> np.ndarray:
+    """How deep a body on its way down to M spots meets the fixture around the region: [M] m."""
+    if region.owner is None:
+        return np.zeros(len(spots))
+    moving = (joint.link.parts for joint in world.joints.values() if joint.owner == region.owner)
+    walls = Boxes.joined((world.bodies[region.owner].parts, *moving))
+    low, high = rectangle(body)
+    half = np.array([*0.5 * (high - low), 0.5 * WAY_DOWN])
+    middles = spots + np.array([*0.5 * (low + high), 0.5 * WAY_DOWN])
+    columns = Boxes(middles, np.broadcast_to(np.eye(3), (len(spots), 3, 3)), np.broadcast_to(half, (len(spots), 3)))
+    return np.maximum(0.0, -separations(columns, walls).min(axis=1))
 
 
 def spot_on(world: World, region: Region, name: str) -> np.ndarray:
     """Where to stand body `name` on a region; free of what stands there, and so that what is still to come finds room. [3] m"""
     body = world.bodies[name]
-    offsets = offsets_in(region, np.maximum(region.half_extents[:2] - BORDER, 0.0))
+    offsets = offsets_in(region, lambda half: np.maximum(half - BORDER, 0.0))
     cost = effort(world, region, body, offsets)
     goals = [names for _, *names in world.goal if len(names) == 2]
     coming = {other for other, place in goals if other != name and region is world.regions.get(place)}
@@ -38,9 +59,13 @@ def spot_on(world: World, region: Region, name: str) -> np.ndarray:
     return region.position_w + offsets[int(np.argmin(cost))]
 
 
-def offsets_in(region: Region, room: np.ndarray) -> np.ndarray:
-    """A grid of offsets [25, 3] m from the middle of a region, as far as `room` [2] along its own axes."""
-    return (GRID * room) @ region.rotation_w[:, :2].T
+def offsets_in(region: Region, room: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """A grid of offsets [25, 3] m from the middle of a region along its two level axes.
+
+    room: from the half extents [2] along those axes to how far the grid goes along each.
+    """
+    level = np.sort(np.argsort(np.abs(region.rotation_w.T @ UP), kind="stable")[:2])
+    return (GRID * room(region.half_extents[level])) @ region.rotation_w[:, level].T
 
 
 def effort(world: World, region: Region, body: Body, offsets: np.ndarray) -> np.ndarray:
