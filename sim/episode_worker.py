@@ -147,6 +147,7 @@ def row_fields(result: EpisodeResult) -> dict[str, Any]:
         "rounds": mean(result.rounds),
         "policy_ms": mean(result.policy_ms),
         "jerk": result.jerk,
+        "moved": result.moved,
     }
 
 

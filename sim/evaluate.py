@@ -280,7 +280,7 @@ def resumable(folder: Path) -> Iterator[None]:
 
 def error_fields(error: str) -> dict[str, Any]:
     """What a row says of an episode that ended with an exception."""
-    nothing = dict.fromkeys(("rounds", "policy_ms", "jerk", "video"))
+    nothing = dict.fromkeys(("rounds", "policy_ms", "jerk", "video", "moved"))
     return {"success": False, "steps": 0, "error": error, "wall_s": 0.0, "chunks": 0, "renderer": "unknown", **nothing}
 
 

@@ -41,6 +41,7 @@ class EpisodeRow:
     checkpoint: str  # sha256 of the checkpoint folder
     git_commit: str
     perturbation: str = "none"  # "camera-3": kind and severity
+    moved: dict[str, float] | None = None  # bodies that the episode moved by 5 cm or more, and how far, m; None: not recorded
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

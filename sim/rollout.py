@@ -12,6 +12,9 @@ from vla.chunking import ActionQueue
 from vla.interface import Policy
 
 
+MOVED = 0.05  # m; less is a nudge
+
+
 class Recorder(Protocol):
     """Takes the frames of an episode (sim.video.VideoRecorder)."""
 
@@ -29,6 +32,7 @@ class EpisodeResult:
     actions: np.ndarray
     rounds: tuple[float, ...]  # decoding rounds of each chunk, empty if the policy does not say
     policy_ms: tuple[float, ...]  # milliseconds of each chunk, the policy's own figure or else the time waited
+    moved: dict[str, float]  # bodies that end MOVED or more from where they were at the start, and how far, m
     wall_s: float  # seconds, reset included
 
     @property
@@ -72,6 +76,7 @@ def rollout(
     policy_ms: list[float] = []
     success = False
     environment.reset(task, start)
+    places = body_places(environment)
     while not success and len(executed) < max_steps:
         if queue.needs_chunk:
             observation = environment.observe()
@@ -95,8 +100,20 @@ def rollout(
         actions=np.array(executed, dtype=np.float32).reshape(len(executed), environment.spec.action_dim),
         rounds=tuple(rounds),
         policy_ms=tuple(policy_ms),
+        moved=displacements(places, body_places(environment)),
         wall_s=time.perf_counter() - began,
     )
+
+
+def body_places(environment: Environment) -> dict[str, np.ndarray]:
+    """Where each movable body is: [3] m."""
+    return {name: body.origin_w for name, body in environment.world().bodies.items()}
+
+
+def displacements(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) -> dict[str, float]:
+    """How far the bodies came that moved by MOVED or more: name -> m, the furthest first."""
+    ways = {name: float(np.linalg.norm(after[name] - place)) for name, place in before.items() if name in after}
+    return {name: round(way, 3) for name, way in sorted(ways.items(), key=lambda item: -item[1]) if way >= MOVED}
 
 
 def chunk_seed(task: int, start: Start, chunk: int) -> int:

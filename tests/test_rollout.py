@@ -56,6 +56,20 @@ def test_a_failure_takes_exactly_max_steps():
     assert not result.success and result.steps == 5 and result.chunks == 2
 
 
+class PushedBall(PointWorld):
+    """The ball drifts by 4 cm a step along x."""
+
+    def step(self, action: np.ndarray) -> bool:
+        self.ball = self.ball + [0.04, 0.0, 0.0]
+        return False
+
+
+def test_a_result_names_what_was_moved_and_how_far():
+    assert run(PushedBall(), PointPolicy(), max_steps=6).moved == {"ball": 0.24}
+    assert run(PushedBall(), PointPolicy(), max_steps=1).moved == {}, "4 cm is a nudge"
+    assert run(PointWorld(), PointPolicy(), max_steps=6).moved == {}
+
+
 def test_a_result_depends_on_task_and_start_only():
     environment, policy = PointWorld(), PointPolicy()
     first = run(environment, policy, index=3, task=1)
