@@ -14,7 +14,7 @@ from sim.experts.grasping import Grasp, choose_grasp
 from sim.experts.inserting import TILTS, entrance, spot_under
 from sim.experts.motion import MAX_SPEED, MAX_TURN, OPEN, solids
 from sim.experts.programs import GoalExpert, NoisyExpert, build_expert
-from sim.experts.spots import spot_in, spot_on
+from sim.experts.spots import place_in, spot_on
 from sim.libero import find_assets
 from sim.seeds import start
 from sim.suites import build_environment
@@ -254,7 +254,9 @@ def drawer(opening: float, rack_at: float | None = None) -> World:
 def test_a_drawer_is_filled_where_no_handle_hangs_over_it():
     world = drawer(0.15)
     room = world.regions["room"]
-    spot = spot_in(world, room, "bowl")
+    place = place_in(world, room, "bowl")
+    assert place.yaw == 0.0
+    spot = place.position_w
     assert spot[2] == room.position_w[2], "moved on the level only, whichever way the region's own axes point"
     assert spot[1] + 0.05 < 0.181 and spot[1] - 0.05 > 0.074, "between the handle above and the drawer's own front"
 

@@ -118,7 +118,7 @@ def push(world: World, name: str, direction: np.ndarray) -> np.ndarray:
     """Push the moving part along `direction` with the tips of the closed fingers."""
     joint = world.joints[name]
     contact, approaches = contact_point(joint, direction)
-    approach = roomiest(world, name, contact, approaches)
+    approach = roomiest(world, name, contact - BEFORE * direction, approaches)
     across = horizontal(np.cross(UP, direction))
     rotation = comfortable(hand_rotation(approach, across)[None], world.gripper_rotation_w)[0]
     at_contact = contact - TIP_LENGTH * approach
@@ -134,12 +134,12 @@ def push(world: World, name: str, direction: np.ndarray) -> np.ndarray:
     return travel(world, before, rotation, CLOSE, solids(world))
 
 
-def roomiest(world: World, name: str, contact: np.ndarray, approaches: list[np.ndarray]) -> np.ndarray:
-    """The first of the approaches to a contact point that leaves the wrist room; the last if none does. [3]"""
+def roomiest(world: World, name: str, tip: np.ndarray, approaches: list[np.ndarray]) -> np.ndarray:
+    """The first of the approaches that leaves the wrist room with the finger tips at a point; the last if none does. [3]"""
     others = solids(world, without=(name, world.joints[name].owner))
     for approach in approaches:
         rotation = hand_rotation(approach, horizontal(np.cross(UP, approach)))
-        if not overlaps(wrist_at(contact - TIP_LENGTH * approach, rotation), others).any():
+        if not overlaps(wrist_at(tip - TIP_LENGTH * approach, rotation), others).any():
             return approach
     return approaches[-1]
 

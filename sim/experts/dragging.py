@@ -8,6 +8,7 @@ from sim.experts.geometry import DOWN, HOME_ROTATION, TIP_LENGTH, horizontal, ra
 from sim.experts.motion import CLOSE, named_solids, servo, solids, travel
 from sim.experts.pinches import find_pinches
 
+FLAT = 0.05  # m high at most: what can be dragged by fingertips pressed into it without falling over
 HARD_TO_PINCH = 2.0  # cost of the best pinch of an upright object, beyond which it is dragged
 PRESS = 0.006  # m, how far below the surface the finger tips are sent
 HOVER = 0.02  # m, above the surface, where the hand waits until it is over the middle
@@ -19,8 +20,10 @@ ARRIVED = 0.008  # m, nearer than this a turning point is reached
 LEAD = 0.045  # m, how far ahead of itself the hand is sent
 
 
-def is_hard_to_pinch(body: Body) -> bool:
-    """Whether no good pinch from above exists."""
+def is_to_be_dragged(body: Body) -> bool:
+    """Whether a body is flat and no good pinch of it from above exists."""
+    if body.parts.top - body.parts.bottom > FLAT:
+        return False
     shape = Boxes.single(body.half_extents) if body.shape is None else body.shape
     costs = find_pinches(shape, tuple((np.round(body.rotation_w.T @ DOWN) + 0.0).tolist())).cost
     return not len(costs) or float(costs[0]) > HARD_TO_PINCH

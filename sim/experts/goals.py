@@ -6,12 +6,12 @@ import numpy as np
 
 from sim.environment import Body, Region, World
 from sim.experts.articulated import move_joint, wanted_value
-from sim.experts.dragging import drag_into, is_hard_to_pinch
+from sim.experts.dragging import drag_into, is_to_be_dragged
 from sim.experts.grasping import choose_grasp, is_between_pads, is_held, reach_and_grasp
 from sim.experts.inserting import entrance, put_under
 from sim.experts.motion import CLOSE, let_go, servo, solids
 from sim.experts.placing import Place, carry_and_place
-from sim.experts.spots import spot_in, spot_on
+from sim.experts.spots import place_in, spot_on
 
 JOINT_PREDICATES = ("open", "close", "turnon", "turnoff")
 PLACEMENTS = ("in", "on")
@@ -109,7 +109,7 @@ def put_in(world: World, name: str, region_name: str) -> np.ndarray:
     inward = entrance(world, region)
     if inward is not None:
         return put_under(world, name, region, inward)
-    return pick_and_place(world, name, Place(spot_in(world, region, name), 0.02))
+    return pick_and_place(world, name, place_in(world, region, name))
 
 
 def put_on(world: World, name: str, support_name: str) -> np.ndarray:
@@ -118,7 +118,7 @@ def put_on(world: World, name: str, support_name: str) -> np.ndarray:
     if support_name not in world.regions:
         return pick_and_place(world, name, Place(find_body(world, support_name).origin_w, 0.008))
     region = world.regions[support_name]
-    if region.owner is None and is_hard_to_pinch(body) and abs(body.origin_w[2] - region.position_w[2]) < 0.03:
+    if region.owner is None and is_to_be_dragged(body) and abs(body.origin_w[2] - region.position_w[2]) < 0.03:
         return drag_into(world, name, region)
     return pick_and_place(world, name, Place(spot_on(world, region, name), 0.015))
 

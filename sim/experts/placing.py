@@ -19,6 +19,7 @@ class Place:
     position_w: np.ndarray  # [3] m, where the origin of the object's frame goes; the height only if it must not sink lower
     tolerance: float  # m, horizontal error at which the fingers may open
     yaw: float = 0.0  # rad, by which the object is to be turned about the vertical
+    yaw_tolerance: float = 0.1  # rad
 
 
 def carry_and_place(world: World, name: str, place: Place) -> np.ndarray:
@@ -31,9 +32,10 @@ def carry_and_place(world: World, name: str, place: Place) -> np.ndarray:
     if distance > place.tolerance + 0.03:
         return travel(world, world.gripper_position_w + offset, rotation, CLOSE, others, carried=body.parts)
     sink = room_below(world, body, others)
-    if distance < place.tolerance and abs(place.yaw) < 0.1 and sink < TOUCH:
+    if distance < place.tolerance and abs(place.yaw) < place.yaw_tolerance and sink < TOUCH:
         return servo(world, world.gripper_position_w, None, OPEN)
-    over = 1.0 - max(ramp(distance, place.tolerance, place.tolerance + 0.03), ramp(abs(place.yaw), 0.1, 0.3))
+    off = ramp(distance, place.tolerance, place.tolerance + min(0.03, 2.0 * place.tolerance))
+    over = 1.0 - max(off, ramp(abs(place.yaw), place.yaw_tolerance, 3.0 * place.yaw_tolerance))
     step = np.array([offset[0], offset[1], -over * max(0.0, sink - 0.5 * TOUCH)])
     return servo(world, world.gripper_position_w + step, rotation, CLOSE)
 

@@ -6,34 +6,57 @@ import numpy as np
 
 from sim.boxes import UP, Boxes, separations
 from sim.environment import Body, Region, World
-from sim.experts.geometry import HOME_ROTATION, overreach
+from sim.experts.geometry import HOME_ROTATION, overreach, rotation_about
+from sim.experts.placing import Place
 
 GRID = np.stack(np.meshgrid(*[np.linspace(-1.0, 1.0, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
 BORDER = 0.02  # m, from the border of a region to where the origin of an object that stands on it may be
 BESIDE = 0.01  # m, wanted between two objects that stand on one region
+LOOSE, TIGHT = 0.02, 0.006  # m, error at which an object is let down between walls: where there is room for it, and where not
+TIGHT_TURN = 0.04  # rad
+TURN = 0.02  # m, what a turn of 1 rad is worth avoiding
 WAY_DOWN = 0.4  # m, above the middle of a region, from which an object is let down
 NEAR = 0.05  # m around a region, within which an object takes room from it
 
 
-def spot_in(world: World, region: Region, name: str) -> np.ndarray:
-    """Where to let body `name` down into a region with walls: near the middle, clear of the walls and of what hangs over it.
+def place_in(world: World, region: Region, name: str) -> Place:
+    """Where to let body `name` down into a region with walls, how much to turn it before, and how exactly.
 
-    As far towards the robot as reach demands. A drawer that is not fully out lies partly under the handles of those above.
+    Near the middle, as far towards the robot as reach demands, clear of the walls and of what hangs over the region (a drawer
+    that is not fully out lies partly under the handles of those above); turned only where it does not fit as it is.
     """
     body = world.bodies[name]
     size = np.linalg.norm(body.half_extents[:2])
     offsets = offsets_in(region, lambda half: np.maximum(0.6 * half, half - size))
-    cost = effort(world, region, body, offsets) + 20.0 * walled(world, region, body, region.position_w + offsets)
-    return region.position_w + offsets[int(np.argmin(cost))]
+    spots, costs, yaws = region.position_w + offsets, [], (0.0, *alignments(region, body))
+    for yaw in yaws:
+        depths = walled(world, region, footprint(body, yaw), region.position_w + offsets)
+        costs.append(effort(world, region, body, offsets) + 20.0 * depths + TURN * abs(yaw))
+        if depths.min() == 0.0:
+            break
+    turned, chosen = np.unravel_index(int(np.argmin(costs)), np.shape(costs))
+    spot, yaw = spots[chosen], yaws[turned]
+    low, high = footprint(body, yaw)
+    tight = walled(world, region, (low - LOOSE, high + LOOSE), spot[None])[0] > 0.0
+    return Place(spot, LOOSE, yaw) if not tight else Place(spot, TIGHT, yaw, TIGHT_TURN)
 
 
-def walled(world: World, region: Region, body: Body, spots: np.ndarray) -> np.ndarray:
-    """How deep a body on its way down to M spots meets the fixture around the region: [M] m."""
+def alignments(region: Region, body: Body) -> list[float]:
+    """The turns about the vertical that lay a body's longest level axis along one of a region's level axes, smaller first: rad."""
+    axes = level_axes(body.rotation_w)
+    along = axes[:, int(np.argmax(body.half_extents[level_indices(body.rotation_w)]))]
+    heading = np.arctan2(along[1], along[0])
+    turns = [np.arctan2(axis[1], axis[0]) - heading for axis in level_axes(region.rotation_w).T]
+    return sorted(((turn + 0.5 * np.pi) % np.pi - 0.5 * np.pi for turn in turns), key=abs)
+
+
+def walled(world: World, region: Region, corners: tuple[np.ndarray, np.ndarray], spots: np.ndarray) -> np.ndarray:
+    """How deep a rectangle (low, high) on its way down to M spots meets the fixture around the region: [M] m."""
     if region.owner is None:
         return np.zeros(len(spots))
     moving = (joint.link.parts for joint in world.joints.values() if joint.owner == region.owner)
     walls = Boxes.joined((world.bodies[region.owner].parts, *moving))
-    low, high = rectangle(body)
+    low, high = corners
     half = np.array([*0.5 * (high - low), 0.5 * WAY_DOWN])
     middles = spots + np.array([*0.5 * (low + high), 0.5 * WAY_DOWN])
     columns = Boxes(middles, np.broadcast_to(np.eye(3), (len(spots), 3, 3)), np.broadcast_to(half, (len(spots), 3)))
@@ -64,8 +87,18 @@ def offsets_in(region: Region, room: Callable[[np.ndarray], np.ndarray]) -> np.n
 
     room: from the half extents [2] along those axes to how far the grid goes along each.
     """
-    level = np.sort(np.argsort(np.abs(region.rotation_w.T @ UP), kind="stable")[:2])
-    return (GRID * room(region.half_extents[level])) @ region.rotation_w[:, level].T
+    room_along = room(region.half_extents[level_indices(region.rotation_w)])
+    return (GRID * room_along) @ level_axes(region.rotation_w).T
+
+
+def level_indices(rotation_w: np.ndarray) -> np.ndarray:
+    """Which two of a frame's axes are the more level ones, in their order."""
+    return np.sort(np.argsort(np.abs(rotation_w.T @ UP), kind="stable")[:2])
+
+
+def level_axes(rotation_w: np.ndarray) -> np.ndarray:
+    """Those axes as columns: [3, 2]."""
+    return rotation_w[:, level_indices(rotation_w)]
 
 
 def effort(world: World, region: Region, body: Body, offsets: np.ndarray) -> np.ndarray:
@@ -84,13 +117,15 @@ def stands_near(region: Region, body: Body) -> bool:
 
 def crowded(body: Body, spots: np.ndarray, other: Body, other_spots: np.ndarray) -> np.ndarray:
     """How deep the rectangles around two bodies overlap, BESIDE included, with their origins at M and K spots: m [M, K]."""
-    (low, high), (other_low, other_high) = rectangle(body), rectangle(other)
+    (low, high), (other_low, other_high) = footprint(body), footprint(other)
     first, second = spots[:, None, :2], other_spots[None, :, :2]
     depth = np.minimum(first + high, second + other_high) - np.maximum(first + low, second + other_low) + BESIDE
     return np.maximum(depth.min(axis=2), 0.0)
 
 
-def rectangle(body: Body) -> tuple[np.ndarray, np.ndarray]:
-    """Lowest and highest x and y of a body's parts, [2] m each, seen from its origin."""
-    ends = np.array([body.parts.span(axis) for axis in np.eye(3)[:2]])  # [axis, low or high, part]
-    return ends[:, 0].min(axis=1) - body.origin_w[:2], ends[:, 1].max(axis=1) - body.origin_w[:2]
+def footprint(body: Body, yaw: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Lowest and highest x and y of a body's parts, [2] m each, seen from its origin, were it turned by `yaw` (rad)."""
+    turned = rotation_about(UP, yaw)
+    ends = np.array([body.parts.span(turned.T @ axis) for axis in np.eye(3)[:2]])  # [axis, low or high, part]
+    origin = (turned @ body.origin_w)[:2]
+    return ends[:, 0].min(axis=1) - origin, ends[:, 1].max(axis=1) - origin
