@@ -142,3 +142,22 @@ def test_the_verb_writes_then_agrees_and_finds_a_changed_number(tmp_path: Path, 
 
 def test_a_bar_in_a_cell_does_not_end_it():
     assert markdown_table(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"
+
+
+def test_several_tables_of_experts_are_a_line_each(tmp_path: Path):
+    rate = {"errors": 0, "interval_95": [0.5, 0.9], "mean_steps": 80.0}
+    paths = []
+    for suite, solved in (("libero_object", 10), ("libero_goal", 7)):
+        tasks = {
+            "0": {"instruction": "a", "successes": 10, "episodes": 10, **rate},
+            "1": {"instruction": "b", "successes": solved, "episodes": 10, **rate},
+        }
+        config = {"suite": suite, "split": "official", "noise": 0.0}
+        paths.append(tmp_path / f"{suite}.json")
+        paths[-1].write_text(json.dumps({"config": config, "tasks": tasks, "all": {"successes": 10 + solved, "episodes": 20, **rate}}))
+    section = build_section([path.name for path in paths], tmp_path)
+    assert cells(section, 0)[:4] == ["libero_object", "official", "2", "20/20"] and cells(section, 0)[-2:] == ["2", ""]
+    assert cells(section, 1)[3] == "17/20" and cells(section, 1)[-2:] == ["1", "b: 7/10"]
+    (tmp_path / "bench.json").write_text('{"benchmark": "x", "rows": []}')
+    with pytest.raises(ValueError, match="bench.json is no file of `vla experts`"):
+        build_section([paths[0].name, "bench.json"], tmp_path)

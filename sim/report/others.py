@@ -85,6 +85,26 @@ def experts(path: Path) -> Section:
     return Section(markdown_table(["task", "instruction", "solved", "success [95 %]"], lines), facts)
 
 
+def experts_group(paths: list[Path]) -> Section:
+    """Several files of `vla experts`, a line each, with the task that was solved least often. Raises ValueError for another file."""
+    lines, found = [], [json.loads(path.read_text()) for path in paths]
+    for path, each in zip(paths, found, strict=True):
+        if not {"tasks", "config", "all"} <= set(each):
+            raise ValueError(f"{path} is no file of `vla experts` (keys 'tasks', 'config', 'all'); a list of files is a list of those.")
+        tasks, config = each["tasks"], each["config"]
+        least = min(tasks, key=lambda task: tasks[task]["successes"])
+        lowest = f"{tasks[least]['instruction']}: {tasks[least]['successes']}/{tasks[least]['episodes']}"
+        always = sum(row["successes"] == row["episodes"] for row in tasks.values())
+        lines.append([
+            config["suite"], config["split"], len(tasks), *rate_cells(each["all"]), each["all"]["errors"],
+            f"{each['all']['mean_steps']:.0f}", always, lowest if always < len(tasks) else "",
+        ])  # fmt: skip
+    columns = ["suite", "starts", "tasks", "solved", "success [95 %]", "errors", "mean steps", "tasks always solved", "lowest"]
+    noises = sorted({str(each["config"]["noise"]) for each in found})
+    facts = {"command": "`vla experts --suite=SUITE --split=STARTS --episodes=N`", "noise": ", ".join(noises), "intervals": "95 % Wilson"}
+    return Section(markdown_table(columns, lines), facts)
+
+
 def collection(folder: Path) -> Section:
     """collect.json of `vla collect`: the demonstrator's success by task, with what the collection took."""
     found = json.loads((folder / "collect.json").read_text())

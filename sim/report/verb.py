@@ -21,7 +21,7 @@ from vla.home import remask_home
 class ReportConfig:
     """Settings of `vla report`."""
 
-    sources: dict[str, Any] = field(default_factory=dict)  # name -> folder or JSON file, or a list of evaluation folders
+    sources: dict[str, Any] = field(default_factory=dict)  # name -> folder or JSON file, or a list of evaluation folders or of `vla experts`' files
     root: Path | None = None  # what relative sources are relative to; default: REMASK_HOME
     output_dir: Path | None = None  # report.md and figures; default: REMASK_HOME/report
     readme: Path | None = None  # file whose blocks `<!-- report:NAME -->` are rewritten
@@ -32,11 +32,13 @@ def build_section(given: Any, root: Path) -> Section:
     """The section of a source: what it is is read off its files.
 
     An evaluation (episodes.jsonl), a folder or list of evaluations, `vla dagger`'s folder (rounds.json), `vla collect`'s
-    (collect.json), `vla scaling`'s (scaling.json), a benchmark's or `vla experts`' JSON file.
+    (collect.json), `vla scaling`'s (scaling.json), a benchmark's or `vla experts`' JSON file, or a list of the latter.
     Raises FileNotFoundError or ValueError saying what was looked for.
     """
     if isinstance(given, (list, tuple)):
         paths = [located(each, root) for each in given]
+        if paths and all(path.is_file() for path in paths):
+            return others.experts_group(paths)
         return evaluation_group(dict(zip(names_of(paths), paths, strict=True)))
     path = located(given, root)
     if path.is_file():
