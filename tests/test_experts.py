@@ -12,7 +12,7 @@ from sim.experts import articulated, measure
 from sim.experts.geometry import HOME_FINGER_AXIS, TIP_LENGTH, angle_between_lines, swept_boxes, tilted
 from sim.experts.grasping import Grasp, choose_grasp
 from sim.experts.inserting import TILTS, entrance, spot_under
-from sim.experts.motion import MAX_SPEED, MAX_TURN, OPEN, solids
+from sim.experts.motion import CLOSE, MAX_SPEED, MAX_TURN, OPEN, solids
 from sim.experts.programs import GoalExpert, NoisyExpert, build_expert
 from sim.experts.spots import place_in, spot_on
 from sim.libero import find_assets
@@ -196,27 +196,28 @@ def test_two_things_on_one_region_leave_room_for_each_other():
     assert np.linalg.norm(spot_on(alone, stove, "first")[:2]) < 1e-6
 
 
-def test_a_roofed_region_is_entered_through_its_open_side():
-    offsets = np.array([[0, 0, -0.1], [0, 0, 0.1], [0.12, 0, 0], [-0.12, 0, 0], [0, 0.12, 0]], float)
+def build_oven(roof: float) -> tuple[Body, Region]:
+    """A box open towards -y only; its roof is `roof` m above the middle, its floor 0.1 m below. And the room in it."""
+    offsets = np.array([[0, 0, -0.1], [0, 0, roof], [0.12, 0, 0], [-0.12, 0, 0], [0, 0.12, 0]], float)
     slab, side, back = (0.12, 0.12, 0.01), (0.01, 0.12, 0.1), (0.12, 0.01, 0.1)
     shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([slab, slab, side, side, back]))
     oven = Body(np.array([0.1, 0.3, 0.5]), np.eye(3), np.array([0.13, 0.13, 0.11]), shape=shape)
-    inside = Region(oven.position_w, np.eye(3), np.array([0.1, 0.1, 0.08]), owner="oven")
+    return oven, Region(oven.position_w, np.eye(3), np.array([0.1, 0.1, 0.08]), owner="oven")
+
+
+def test_a_roofed_region_is_entered_through_its_open_side():
+    oven, inside = build_oven(roof=0.1)
     world = world_with(oven=oven, cup=box((0.0, -0.1, 0.4), (0.03, 0.03, 0.05)))
     assert np.allclose(entrance(world, inside), [0, 1, 0])
     spot = spot_under(world, inside, world.bodies["cup"], np.array([0.0, 1.0, 0.0]))
     floor = oven.position_w[2] - 0.09
     assert abs(spot[0] - 0.1) < 0.01 and 0.2 < spot[1] < 0.4 and 0.0 < spot[2] - 0.05 - floor < 0.03
-    open_above = replace(oven, shape=shape[np.array([0, 2, 3, 4])])
+    open_above = replace(oven, shape=oven.shape[np.array([0, 2, 3, 4])])
     assert entrance(replace(world, bodies={**world.bodies, "oven": open_above}), inside) is None
 
 
 def test_a_hand_that_reaches_under_a_roof_meets_nothing_there():
-    offsets = np.array([[0, 0, -0.1], [0, 0, 0.07], [0.12, 0, 0], [-0.12, 0, 0], [0, 0.12, 0]], float)
-    slab, side, back = (0.12, 0.12, 0.01), (0.01, 0.12, 0.1), (0.12, 0.01, 0.1)
-    shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([slab, slab, side, side, back]))
-    oven = Body(np.array([0.1, 0.3, 0.5]), np.eye(3), np.array([0.13, 0.13, 0.11]), shape=shape)
-    inside = Region(oven.position_w - [0, 0, 0.01], np.eye(3), np.array([0.1, 0.1, 0.07]), owner="oven")
+    oven, inside = build_oven(roof=0.07)
     cup, inward = box((0.0, -0.1, 0.46), (0.03, 0.03, 0.06)), np.array([0.0, 1.0, 0.0])
     world = world_with(oven=oven, cup=cup)
     shift = spot_under(world, inside, cup, inward) - cup.origin_w
@@ -267,6 +268,26 @@ def test_the_hand_that_pushes_a_drawer_leans_less_with_a_rack_behind_it():
         for world in (drawer(0.15), drawer(0.15, rack_at=-0.12), drawer(0.15, rack_at=-0.5))
     ]
     assert downwards[1] > downwards[0] + 0.2 and downwards[2] == downwards[0]
+
+
+def door(angle: float) -> World:
+    """An oven whose door, hinged at its left end, stands open by `angle` (rad)."""
+    hinge, swing = np.array([-0.1, 0.2, 0.1]), turned(-angle)
+    panel = Body(hinge + swing @ [0.1, 0.0, 0.0], swing, np.array([0.1, 0.01, 0.1]))
+    targets = {"close": (-0.01, np.inf), "open": (-np.inf, -1.3)}
+    joint = Joint("hinge", -angle, (-2.0, 0.0), np.array([0.0, 0.0, 1.0]), hinge, panel, "oven", targets)
+    oven = box((0.0, 0.35, 0.1), (0.1, 0.1, 0.1))
+    return replace(world_with(goal=(("open", "oven"),), oven=oven), joints={"hinge": joint}, achieved=(False,))
+
+
+def test_a_door_is_pulled_at_first_and_pushed_from_behind_once_ajar():
+    assert GoalExpert().action(door(0.1))[6] == OPEN, "the hand comes open, to take hold"
+    ajar = door(1.0)
+    assert GoalExpert().action(ajar)[6] == CLOSE, "closed fingers push"
+    joint = ajar.joints["hinge"]
+    outward = articulated.outward_direction(ajar, joint)
+    contact, _ = articulated.contact_point(joint, outward)
+    assert (contact - joint.link.position_w) @ outward < 0.0, "from the side of the oven"
 
 
 @pytest.mark.skipif(find_assets() is None, reason="LIBERO's assets are not on this machine (set REMASK_LIBERO_ASSETS)")

@@ -26,6 +26,7 @@ SLIDE_MARGIN, HINGE_MARGIN = 0.008, 0.12  # m, rad: how far beyond the value tha
 LEAD = 0.03  # m, how far ahead of itself the hand is sent along the joint's path: friction alone holds a handle
 BEFORE = 0.05  # m, in front of what is to be pushed
 SUNK = 0.045  # m, the finger tips may be so far inside the box around what they push: a door's mesh is thinner than its box
+AJAR = 0.6  # rad, beyond which a door is pushed open from behind rather than pulled
 OUTERMOST = 0.03  # m, a handle lies this near to the outermost point of the part it moves
 
 
@@ -56,10 +57,18 @@ def move_joint(world: World, name: str, predicate: str) -> np.ndarray:
         return take_along(world, name, sign, approaches=(DOWN,))
     outward = outward_direction(world, joint)
     direction = sign * moving_direction(joint)
-    if direction @ outward < 0.0:
+    if direction @ outward < 0.0 or (is_ajar(joint) and not is_held(world, joint.link)):
         return push(world, name, direction)
     approaches = [tilted(-outward, tilt) for tilt in PULL_TILTS]
     return take_along(world, name, sign, approaches, outward)
+
+
+def is_ajar(joint: Joint) -> bool:
+    """Whether a door stands so far open that the hand fits behind it."""
+    if joint.kind != "hinge" or "close" not in joint.targets:
+        return False
+    low, high = joint.targets["close"]
+    return not low - AJAR < joint.value < high + AJAR
 
 
 def is_knob(joint: Joint) -> bool:
