@@ -15,6 +15,7 @@ The gradient of a step is that of  sum of loss_sum / sum of normalizer  over all
 with fewer supervised tokens weighs less, as it would in one large batch.
 """
 
+import atexit
 import math
 import time
 from collections.abc import Callable
@@ -133,6 +134,8 @@ class _Loop:
     def __init__(self, model: nn.Module, loss_step: LossStep, config: TrainingConfig, run: Path) -> None:
         handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)]
         self.accelerator = Accelerator(cpu=config.device == "cpu", kwargs_handlers=handlers)
+        if self.accelerator.num_processes > 1:  # a thread of Gloo's that wants the interpreter while it ends aborts the process
+            atexit.register(self.accelerator.state.destroy_process_group)
         self.is_main = self.accelerator.is_main_process
         self.config, self.run, self.model = config, run, model.to(self.accelerator.device)
         self.optimizer = build_optimizer(model, config)
