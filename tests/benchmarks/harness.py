@@ -17,7 +17,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_OWN_VERBS = ("train", "collect", "eval", "experts", "demo")
+_OWN_VERBS = (
+    *("demo", "collect", "corpus", "train", "train-vlm", "train-bind", "train-draft", "calibrate", "dagger"),
+    *("eval", "experts"),
+)
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -31,7 +34,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def quiet_machine() -> Iterator[None]:
-    """Stop this user's running `vla train|collect|eval|...` processes for the time of the block."""
+    """Stop this user's running `vla collect|train|train-vlm|eval|...` processes for the time of the block."""
     paused = [pid for pid in _background_jobs() if _signal(pid, signal.SIGSTOP)]
     if paused:
         print(f"paused {len(paused)} background processes of this project")
