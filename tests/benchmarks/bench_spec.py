@@ -2,8 +2,8 @@
 beside it.
 
 Runs are interleaved (each repetition times every variant once), medians of paired ratios are quoted, answers are compared in
-the same runs. `predicted` is the speed-up that the cost tables, measured before any request, give for the rounds that were run;
-a claim above what they allow would be a bug. The corpus is easy to guess: its bits per token stand under the table, and so do
+the same runs. `predicted` is the speed-up that the cost tables, measured before any request, and what a round of the warm-up took beside its
+passes give for the rounds that were run; a claim above what they allow would be a bug. The corpus is easy to guess: its bits per token stand under the table, and so do
 the goals and whether they were reached. The visual compressor has its own table: `vla bench compressor`.
 """
 
@@ -48,6 +48,7 @@ COLUMNS = (
 # At batch 1 and T = 0: the trained draft against the fastest plain decoding, and against the n-gram drafter.
 GOALS = {"decode x": 2.0, "end to end x": 1.6, "decode against n-gram x": 1.15}
 AGREEMENT = 0.10  # predicted and measured speed-up
+REPETITIONS = 15  # of each entry of the cost tables
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,9 +114,15 @@ class Variant:
     decode: list[float] = field(default_factory=list)
     answers: list[tuple[int, ...]] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)  # seconds by part, all runs
+    overhead: float = 0.0  # seconds of a round beside the models' passes, in the warm-up
     tokens: int = 0  # of all runs, first tokens of requests left out
     drafts: int = 0  # trees verified
     positions: list[int] = field(default_factory=list)  # [i]: of which i + 1 drafted tokens or more were accepted
+
+    @property
+    def has_model(self) -> bool:
+        """Whether a model drafts; a search in a list is counted with the round's other work."""
+        return self.name.startswith("eagle")
 
 
 class Recorder:
@@ -202,11 +209,11 @@ def build_variants(
         "oracle": lambda: known,
         "random": lambda: RandomDrafter(target.vlm.config.vocab_size),
     }
-    table = measure_target(plain.engine.runner, past)
+    table = measure_target(plain.engine.runner, past, repetitions=REPETITIONS)
     overhead = plain_overhead(plain)
     for name, make in makers.items():
         drafter = make()
-        controller = AdaptiveController(table, measure_draft(drafter, past), overhead, adaptive)
+        controller = AdaptiveController(table, measure_draft(drafter, past, repetitions=REPETITIONS), overhead, adaptive)
         variants.append(Variant(kind, name, *engine(drafter, controller)))
     for name, limits in TREES.items():
         drafter = eagle(limits.width, limits.max_depth)
@@ -225,7 +232,7 @@ class Costs:
 
     target: CostTable
     draft: CostTable
-    overhead: float
+    overhead: float  # of a plain round
 
     def record(self) -> dict:
         return {
@@ -235,10 +242,11 @@ class Costs:
             "overhead ms": round(1e3 * self.overhead, 3),
         }
 
-    def seconds(self, log: Recorder, width: int) -> float:
-        """Predicted for the rounds that were run."""
-        rounds = ((rows, levels, count * width) for count, rows, levels, _ in log.rounds)
-        return sum(self.target(rows) + levels * self.draft(drafted) + self.overhead for rows, levels, drafted in rounds)
+    def seconds(self, variant: Variant, width: int) -> float:
+        """Predicted for the rounds that a variant ran; its drafter's levels are of `width` rows a request."""
+        rounds = ((rows, levels, count * width) for count, rows, levels, _ in variant.log.rounds)
+        drafting = self.draft if variant.has_model else lambda rows: 0.0
+        return sum(self.target(rows) + levels * drafting(drafted) + variant.overhead for rows, levels, drafted in rounds)
 
 
 def costs(variants: Sequence[Variant], kind: str) -> Costs:
@@ -257,11 +265,13 @@ def run(variant: Variant, asked: Sequence[Request], keep: bool) -> None:
     seconds = time.perf_counter() - start
     after = variant.engine.stats()
     variant.answers = [each.token_ids for each in finished]
-    if not keep:
-        variant.log.rounds.clear()
-        return
     names = ("draft_seconds", "verify_seconds", "prefill_seconds", "overhead_seconds")
     parts = {name: getattr(after, name) - getattr(before, name) for name in names}
+    if not keep:
+        beside = parts["overhead_seconds"] + (0.0 if variant.has_model else parts["draft_seconds"])
+        variant.overhead = beside / max(1, len(variant.log.rounds))
+        variant.log.rounds.clear()
+        return
     for name, value in parts.items():
         variant.parts[name] = variant.parts.get(name, 0.0) + value
     drafted = [(stats.spec_decode_num_drafts, stats.spec_decode_num_accepted_tokens_per_pos) for stats in (before, after)]
@@ -279,11 +289,8 @@ def row(variant: Variant, variants: Sequence[Variant], tables: dict[str, Costs],
     own = next(each for each in plains if each.kind == variant.kind)
     rates = sorted(variant.tokens / len(variant.decode) / seconds for seconds in variant.decode)
     spread = 100 * (rates[-1] - rates[0]) / statistics.median(rates)
-    drafted = variant.name.startswith("eagle")
     width = TREES[variant.name.removeprefix("eagle, ")].width if "," in variant.name else AdaptiveConfig().width
-    table = tables[variant.kind]
-    stateless = replace(table, draft=CostTable((1,), (0.0,)))
-    predicted = tables[fastest.kind].seconds(fastest.log, 1) / (table if drafted else stateless).seconds(variant.log, width)
+    predicted = tables[fastest.kind].seconds(fastest, 1) / tables[variant.kind].seconds(variant, width)
     count = max(1, len(variant.log.rounds))
     requests = sum(size for size, *_ in variant.log.rounds)
     return [
