@@ -45,9 +45,6 @@ class Boxes:
     def shifted(self, offset: np.ndarray) -> "Boxes":
         return Boxes(self.position + offset, self.rotation, self.half_extents)
 
-    def grown(self, margin: float) -> "Boxes":
-        return Boxes(self.position, self.rotation, self.half_extents + margin)
-
     def span(self, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Lowest and highest coordinate of each box along a unit vector, [N] each."""
         centre = self.position @ direction

@@ -1,13 +1,14 @@
 """Laws of the scripted experts: bounded labels for any state, grasps that fit, recovery, and success in simulation."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from sim.boxes import Boxes, overlaps
-from sim.environment import Body, Joint, Region, World
+from sim.boxes import overlaps
+from sim.environment import Body, Region, World
 from sim.experts import articulated, measure
 from sim.experts.geometry import HOME_FINGER_AXIS, TIP_LENGTH, angle_between_lines, swept_boxes, tilted
 from sim.experts.grasping import Grasp, choose_grasp
@@ -19,23 +20,7 @@ from sim.libero import find_assets
 from sim.seeds import start
 from sim.suites import build_environment
 from tests.point_world import build_point_world, point_expert
-
-TOP_DOWN = np.array([[-1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, -1.0]])  # fingers along world y
-
-
-def turned(yaw: float) -> np.ndarray:
-    """Rotation about world z, [3, 3]."""
-    c, s = np.cos(yaw), np.sin(yaw)
-    return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
-
-
-def world_with(gripper=(0.0, 0.0, 0.3), width=0.078, goal=(("lifted", "box"),), **bodies: Body) -> World:
-    return World(np.array(gripper), TOP_DOWN, width, bodies, goal)
-
-
-def box(position, half_extents, yaw=0.0, touches=(False, False)) -> Body:
-    return Body(np.array(position, float), turned(yaw), np.array(half_extents), touches)
-
+from tests.worlds import TOP_DOWN, basket, box, build_oven, door, drawer, random_rotation, world_with
 
 def grasp_of(world: World, name: str) -> Grasp:
     return choose_grasp(world, world.bodies[name], solids(world, without=(name,)))
@@ -43,11 +28,6 @@ def grasp_of(world: World, name: str) -> Grasp:
 
 def finger_axis(grasp: Grasp) -> np.ndarray:
     return grasp.rotation_w[:, 1]
-
-
-def random_rotation(generator: np.random.Generator) -> np.ndarray:
-    matrix, _ = np.linalg.qr(generator.standard_normal((3, 3)))
-    return matrix * np.sign(np.linalg.det(matrix))
 
 
 @pytest.mark.parametrize("goal", [(("lifted", "a"),), (("on", "a", "b"),), (("in", "a", "b"),)])
@@ -67,12 +47,55 @@ def test_any_state_has_a_bounded_label(goal):
         regions = {"b": Region(bodies["b"].position_w, bodies["b"].rotation_w, bodies["b"].half_extents)}
         place = generator.uniform(-0.3, 0.3, 3)
         world = World(place, random_rotation(generator), width, bodies, goal, (False,), regions if goal[0][0] == "in" else {})
-        action = GoalExpert().action(world)
-        np.testing.assert_array_equal(GoalExpert().action(world), action)  # no memory
-        assert action.shape == (7,) and action.dtype == np.float32
-        assert np.linalg.norm(action[:3]) <= MAX_SPEED + 1e-6
-        assert np.linalg.norm(action[3:6]) <= MAX_TURN + 1e-6
-        assert action[6] in (-1.0, 1.0)
+        check_label(world)
+
+
+def check_label(world: World) -> np.ndarray:
+    """The expert's action at a state, which has no memory and keeps to its bounds."""
+    action = GoalExpert().action(world)
+    np.testing.assert_array_equal(GoalExpert().action(world), action)
+    assert action.shape == (7,) and action.dtype == np.float32
+    assert np.linalg.norm(action[:3]) <= MAX_SPEED + 1e-6
+    assert np.linalg.norm(action[3:6]) <= MAX_TURN + 1e-6
+    assert action[6] in (-1.0, 1.0)
+    return action
+
+
+def states_of(world: World, count: int, *, near: np.ndarray) -> Iterator[World]:
+    """The world with its hand at random poses within 0.25 m of a point, more or less open, touching this and that."""
+    generator = np.random.default_rng(0)
+    for _ in range(count):
+        touched = {
+            name: replace(body, touches_fingers=tuple(generator.random(2) < 0.5)) for name, body in world.bodies.items()
+        }
+        joints = {
+            name: replace(joint, link=replace(joint.link, touches_fingers=tuple(generator.random(2) < 0.5)))
+            for name, joint in world.joints.items()
+        }
+        rotation = TOP_DOWN if generator.random() < 0.5 else random_rotation(generator)
+        place, width = near + generator.uniform(-0.25, 0.25, 3), generator.uniform(0, 0.08)
+        yield replace(
+            world, bodies=touched, joints=joints, gripper_position_w=place, gripper_rotation_w=rotation, gripper_width=width
+        )
+
+
+@pytest.mark.parametrize("name", ["oven", "drawer", "filled drawer", "door", "door ajar", "plate"])
+def test_any_state_of_the_hand_near_a_fixture_has_a_bounded_label(name):
+    oven, inside = build_oven(roof=0.1)
+    cup = box((0.0, -0.1, 0.4), (0.03, 0.03, 0.05))
+    plate, table = box((0.1, 0.0, 0.01), (0.1, 0.1, 0.01)), Region(np.array([0.0, 0.3, 0.0]), np.eye(3), np.array([0.1, 0.1, 0.01]))
+    worlds = {
+        "oven": replace(world_with(goal=(("in", "cup", "room"),), oven=oven, cup=cup), regions={"room": inside}, achieved=(False,)),
+        "drawer": replace(drawer(0.05), goal=(("in", "bowl", "room"),), achieved=(False,)),
+        "filled drawer": replace(drawer(0.15), goal=(("in", "bowl", "room"), ("close", "room")), achieved=(True, False)),
+        "door": door(0.1),
+        "door ajar": door(1.0),
+        "plate": replace(world_with(goal=(("on", "plate", "place"),), plate=plate), regions={"place": table}, achieved=(False,)),
+    }
+    world = worlds[name]
+    middle = next(iter(world.bodies.values())).position_w
+    for state in states_of(world, 25, near=middle):
+        check_label(state)
 
 
 def test_grasp_closes_along_the_side_that_fits():
@@ -156,16 +179,6 @@ def test_attempts_depend_on_neither_workers_nor_interruptions(tmp_path):
         attempts("two", noise=0.1)
 
 
-def basket(position=(0.0, 0.2, 0.0)) -> tuple[Body, Region]:
-    """Floor and four walls 0.16 m apart, and the room between them."""
-    wide, thin = np.array([0.08, 0.004, 0.05]), np.array([0.004, 0.08, 0.05])
-    offsets = np.array([[0, 0, 0.004], [0, 0.08, 0.05], [0, -0.08, 0.05], [0.08, 0, 0.05], [-0.08, 0, 0.05]])
-    shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([[0.08, 0.08, 0.004], wide, wide, thin, thin]))
-    place = np.array(position, float)
-    body = Body(place, np.eye(3), np.array([0.084, 0.084, 0.05]), shape=shape)
-    return body, Region(place + [0, 0, 0.06], np.eye(3), np.array([0.06, 0.06, 0.06]), owner="basket")
-
-
 def test_what_is_held_inside_the_basket_is_let_go_before_the_next_thing_is_fetched():
     walls, room = basket()
     first = box(room.position_w - [0, 0, 0.03], (0.02, 0.02, 0.02), touches=(True, True))
@@ -196,15 +209,6 @@ def test_two_things_on_one_region_leave_room_for_each_other():
     assert np.linalg.norm(spot_on(alone, stove, "first")[:2]) < 1e-6
 
 
-def build_oven(roof: float) -> tuple[Body, Region]:
-    """A box open towards -y only; its roof is `roof` m above the middle, its floor 0.1 m below. And the room in it."""
-    offsets = np.array([[0, 0, -0.1], [0, 0, roof], [0.12, 0, 0], [-0.12, 0, 0], [0, 0.12, 0]], float)
-    slab, side, back = (0.12, 0.12, 0.01), (0.01, 0.12, 0.1), (0.12, 0.01, 0.1)
-    shape = Boxes(offsets, np.stack([np.eye(3)] * 5), np.array([slab, slab, side, side, back]))
-    oven = Body(np.array([0.1, 0.3, 0.5]), np.eye(3), np.array([0.13, 0.13, 0.11]), shape=shape)
-    return oven, Region(oven.position_w, np.eye(3), np.array([0.1, 0.1, 0.08]), owner="oven")
-
-
 def test_a_roofed_region_is_entered_through_its_open_side():
     oven, inside = build_oven(roof=0.1)
     world = world_with(oven=oven, cup=box((0.0, -0.1, 0.4), (0.03, 0.03, 0.05)))
@@ -231,27 +235,6 @@ def test_a_hand_that_reaches_under_a_roof_meets_nothing_there():
     assert overlaps(there, oven.parts).any(), "the law says something: a hand that may drop the cup through the roof would"
 
 
-def drawer(opening: float, rack_at: float | None = None) -> World:
-    """A cabinet whose lower drawer stands open towards the robot's side (-y), with a handle of the upper one over it."""
-    level = np.eye(3)
-    back = Body(np.array([0.0, 0.4, 0.2]), level, np.array([0.12, 0.01, 0.2]))
-    upper = Body(np.array([0.0, 0.19, 0.25]), level, np.array([0.05, 0.01, 0.008]))
-    lower = Body(np.array([0.0, 0.22 - opening, 0.1]), level, np.array([0.1, 0.005, 0.035]))
-    target = {"close": (0.0, np.inf), "open": (-np.inf, -0.14)}
-    slide = {"kind": "slide", "limits": (-0.16, 0.01), "axis_w": np.array([0.0, 1.0, 0.0]), "anchor_w": np.zeros(3)}
-    joints = {
-        name: Joint(value=value, link=link, owner="cabinet", targets=target, **slide)
-        for name, value, link in (("upper", 0.0, upper), ("lower", -opening, lower))
-    }
-    turned_over = np.array([[0.0, 0.0, -1.0], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])  # as in LIBERO's cabinets
-    room = Region(np.array([0.0, 0.3 - opening, 0.1]), turned_over, np.array([0.03, 0.076, 0.1]), "cabinet", "lower")
-    bowl = box((0.0, -0.2, 0.03), (0.05, 0.05, 0.025))
-    bodies = {"cabinet": back, "bowl": bowl}
-    if rack_at is not None:
-        bodies["rack"] = box((0.0, rack_at, 0.2), (0.15, 0.02, 0.2))
-    return replace(world_with(**bodies), joints=joints, regions={"room": room})
-
-
 def test_a_drawer_is_filled_where_no_handle_hangs_over_it():
     world = drawer(0.15)
     room = world.regions["room"]
@@ -268,16 +251,6 @@ def test_the_hand_that_pushes_a_drawer_leans_less_with_a_rack_behind_it():
         for world in (drawer(0.15), drawer(0.15, rack_at=-0.12), drawer(0.15, rack_at=-0.5))
     ]
     assert downwards[1] > downwards[0] + 0.2 and downwards[2] == downwards[0]
-
-
-def door(angle: float) -> World:
-    """An oven whose door, hinged at its left end, stands open by `angle` (rad)."""
-    hinge, swing = np.array([-0.1, 0.2, 0.1]), turned(-angle)
-    panel = Body(hinge + swing @ [0.1, 0.0, 0.0], swing, np.array([0.1, 0.01, 0.1]))
-    targets = {"close": (-0.01, np.inf), "open": (-np.inf, -1.3)}
-    joint = Joint("hinge", -angle, (-2.0, 0.0), np.array([0.0, 0.0, 1.0]), hinge, panel, "oven", targets)
-    oven = box((0.0, 0.35, 0.1), (0.1, 0.1, 0.1))
-    return replace(world_with(goal=(("open", "oven"),), oven=oven), joints={"hinge": joint}, achieved=(False,))
 
 
 def test_a_door_is_pulled_at_first_and_pushed_from_behind_once_ajar():

@@ -1,4 +1,4 @@
-"""Drawers, doors and knobs: grasp the moving part and take it along its joint, or push it shut with the closed fingers."""
+"""Drawers, doors and knobs: grasp the moving part and take it along its joint, or push it with the closed fingers."""
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from sim.experts.motion import CLOSE, servo, solids, travel
 
 PULL_TILTS = np.radians([45.0, 20.0, 0.0])  # below the horizontal, of a hand that takes a handle
 PUSH_TILTS = np.radians([40.0, 65.0, 85.0])  # below the horizontal, of a hand that pushes a drawer; the first with room
-SLIDE_MARGIN, HINGE_MARGIN = 0.008, 0.12  # m, rad: how far beyond the value that counts a joint is taken
+SLIDE_MARGIN, HINGE_MARGIN = 0.008, 0.12  # m, rad: beyond the value that counts
 LEAD = 0.03  # m, how far ahead of itself the hand is sent along the joint's path: friction alone holds a handle
 BEFORE = 0.05  # m, in front of what is to be pushed
 SUNK = 0.045  # m, the finger tips may be so far inside the box around what they push: a door's mesh is thinner than its box
@@ -41,12 +41,6 @@ def wanted_value(joint: Joint, predicate: str) -> float:
     margin = SLIDE_MARGIN if joint.kind == "slide" else HINGE_MARGIN
     value = low + margin if np.isfinite(low) else high - margin
     return float(np.clip(value, *joint.limits))
-
-
-def is_fulfilled(joint: Joint, predicate: str) -> bool:
-    """Whether the joint's value is in the range that `predicate` asks for."""
-    low, high = joint.targets.get(predicate, (np.inf, -np.inf))
-    return low < joint.value < high
 
 
 def move_joint(world: World, name: str, predicate: str) -> np.ndarray:

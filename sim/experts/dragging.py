@@ -7,6 +7,7 @@ from sim.environment import Body, Region, World
 from sim.experts.geometry import DOWN, HOME_ROTATION, TIP_LENGTH, horizontal, ramp
 from sim.experts.motion import CLOSE, named_solids, servo, solids, travel
 from sim.experts.pinches import find_pinches
+from sim.experts.spots import offsets_in
 
 FLAT = 0.05  # m high at most: what can be dragged by fingertips pressed into it without falling over
 HARD_TO_PINCH = 2.0  # cost of the best pinch of an upright object, beyond which it is dragged
@@ -63,8 +64,7 @@ def next_point(world: World, name: str, region: Region) -> np.ndarray:
     low, high = rectangles(world, name)
     inside = ((start > low) & (start < high)).all(axis=1)
     low, high = shrunk(low[inside], high[inside], start, low[~inside], high[~inside])
-    steps = np.stack(np.meshgrid(*[np.linspace(-0.9, 0.9, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
-    ends = middle + steps * (np.abs(region.rotation_w[:2, :2]) @ region.half_extents[:2])
+    ends = middle + offsets_in(region, lambda half: 0.9 * half)[:, :2]
     wide = zip(low - OUTSIDE, high + OUTSIDE)
     corners = np.array([[x, y] for (x0, y0), (x1, y1) in wide for x in (x0, x1) for y in (y0, y1)]).reshape(-1, 2)
     nodes = np.concatenate([start[None], ends, corners])

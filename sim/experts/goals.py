@@ -22,8 +22,8 @@ Predicate = tuple[str, ...]
 def pursue(world: World) -> np.ndarray:
     """The action, float [7], towards the first predicate, in working order, that does not hold yet.
 
-    What is in the hand is put down first: LIBERO counts a thing as in a basket while the hand still holds it there. When all
-    hold, the hand lets go and draws back. Raises ValueError if a predicate has no program or a name is unknown.
+    What the hand holds of a placement's things is put down first: LIBERO counts a thing as in a basket while the hand still
+    holds it there. A thing that no goal names is dropped. When all hold, the hand lets go and draws back. Raises ValueError if a predicate has no program or a name is unknown.
     """
     for predicate, *names in world.goal:
         if predicate not in PROGRAMS:
@@ -35,17 +35,12 @@ def pursue(world: World) -> np.ndarray:
     carried = {goal: goal[0] in PLACEMENTS and is_held(world, find_body(world, goal[1])) for goal in world.goal}
     for goal in sorted(world.goal, key=lambda goal: (not carried[goal], stage(world, goal))):
         if achieved.get(goal, False) and not carried[goal]:
-            if goal[0] in PLACEMENTS and not any(carried.values()) and is_leaving(world, world.bodies[goal[1]]):
+            if goal[0] in PLACEMENTS and not any(carried.values()) and is_between_pads(world, world.bodies[goal[1]]):
                 return let_go(world)
             continue
         predicate, *names = goal
         return PROGRAMS[predicate](world, *names)
     return let_go(world)
-
-
-def is_leaving(world: World, body: Body) -> bool:
-    """Whether a body that has been put down is still between the fingers, shut or open."""
-    return is_between_pads(world, body)
 
 
 def stage(world: World, goal: Predicate) -> tuple[int, int]:

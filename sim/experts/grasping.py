@@ -167,7 +167,7 @@ def reach_and_grasp(world: World, body: Body, grasp: Grasp, obstacles: Boxes) ->
     aside = float(np.linalg.norm(error - along * approach))
     turn = float(angles_between(grasp.rotation_w, world.gripper_rotation_w))
     tolerance = float(np.clip(0.5 * (MAX_OPENING - grasp.width), 0.006, 0.012))
-    missed = world.gripper_width < 0.5 * grasp.width and not any(body.touches_fingers)
+    missed = world.gripper_width < 0.5 * grasp.width and not (any(body.touches_fingers) and is_between_pads(world, body))
     patience = 2.0 if world.gripper_width < 0.9 * MAX_OPENING else 1.0
     at_grasp = aside < patience * tolerance and abs(along) < patience * 0.008 and turn < patience * 0.12
     if at_grasp and not missed:

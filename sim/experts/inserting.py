@@ -7,6 +7,7 @@ from sim.environment import Body, Region, World
 from sim.experts.geometry import hand_at, ramp, tilted
 from sim.experts.grasping import choose_grasp, is_held, reach_and_grasp
 from sim.experts.motion import CLOSE, OPEN, servo, solids, travel
+from sim.experts.placing import DEEP
 
 TILTS = np.radians([60.0, 40.0, 20.0, 0.0])  # below the horizontal, of a hand that holds what it puts in
 LOW_ROOF = 0.25  # m above a region, up to which something counts as its roof
@@ -96,7 +97,7 @@ def move_in(world: World, name: str, region: Region, spot: np.ndarray, inward: n
     if stopped and region.box.contain(body.origin_w[None]).any():
         along = 0.0
     if along < ARRIVED and np.linalg.norm(aside[:2]) < 2.0 * LANE:
-        sink = free_fall(body.parts, others)
+        sink = min(free_fall(body.parts, others), DEEP)
         if sink < TOUCH:
             return servo(world, here, None, OPEN)
         return servo(world, here + along * inward - max(0.0, sink - 0.5 * TOUCH) * UP, world.gripper_rotation_w, CLOSE)

@@ -74,7 +74,8 @@ def travel(
 ) -> np.ndarray:
     """One step towards a pose through the air: up over what lies between, across, then down.
 
-    carried: boxes of the object in the hand, which must clear the obstacles too.
+    carried: boxes of the object in the hand: its lowest point must clear what the hand passes over, and it must not meet
+    what hangs over it on its way up. Things are carried near the hand's middle, so its own width is not looked at.
     """
     here = world.gripper_position_w
     moving = [hand_at(here, world.gripper_rotation_w, world.gripper_width), *(() if carried is None else (carried,))]

@@ -10,13 +10,14 @@ from sim.experts.geometry import DOWN, MAX_OPENING, hand_at, hand_rotation, hori
 from sim.experts.motion import CLOSE, OPEN, servo, solids, travel
 
 TOUCH = 0.004  # m, an object this near to what is below it is let go
+DEEP = 0.5  # m, a drop beyond which all drops are alike: above nothing it is endless
 
 
 @dataclass(frozen=True)
 class Place:
     """Where an object should end up."""
 
-    position_w: np.ndarray  # [3] m, where the origin of the object's frame goes; the height only if it must not sink lower
+    position_w: np.ndarray  # [3] m, where the origin of the object's frame goes; the height is where it is carried, then it sinks
     tolerance: float  # m, horizontal error at which the fingers may open
     yaw: float = 0.0  # rad, by which the object is to be turned about the vertical
     yaw_tolerance: float = 0.1  # rad
@@ -41,9 +42,9 @@ def carry_and_place(world: World, name: str, place: Place) -> np.ndarray:
 
 
 def room_below(world: World, body: Body, others: Boxes) -> float:
-    """How far the held body can sink until it, or the opening hand, meets something. m"""
+    """How far the held body can sink until it, or the opening hand, meets something, at most DEEP. m"""
     hand = hand_at(world.gripper_position_w, world.gripper_rotation_w, MAX_OPENING)
-    return min(free_fall(body.parts, others), free_fall(hand, others) - TOUCH)
+    return min(free_fall(body.parts, others), free_fall(hand, others) - TOUCH, DEEP)
 
 
 def level(world: World, yaw: float) -> np.ndarray:
