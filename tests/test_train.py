@@ -13,6 +13,7 @@ from multimodal.config import get_preset
 from multimodal.images import ImageConfig
 from multimodal.tokenizer import train_tokenizer
 from multimodal.training import TrainingConfig
+from multimodal.training_log import read_log
 from multimodal.vlm import VLM
 from multimodal.vlm_checkpoint import VLMAssets
 from tests.reaching import SPEC, write_cache
@@ -65,6 +66,16 @@ def test_two_steps_and_a_resume_equal_four_steps_straight(cache, tmp_path):
     first, second = load_checkpoint(straight).state, load_checkpoint(resumed).state
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert finished_policy(config) == resumed
+
+
+def test_data_sets_too_small_to_hold_an_episode_out_are_trained_on_alone_and_beside_others(cache, tmp_path):
+    """As `vla dagger` does: a round may have no held-out episode; the error is then that of the data sets that have."""
+    roots = [write_cache(tmp_path / name, episodes=count) for name, count in (("many", 10), ("few", 2))]
+    config = settings(cache, tmp_path / "run")
+    train_policy(replace(config, dataset=DatasetConfig(root=roots, held_out_fraction=0.1)))
+    assert "validation/action_error" in read_log(tmp_path / "run")[-1]
+    train_policy(replace(config, dataset=DatasetConfig(root=roots[1], held_out_fraction=0.1), output_dir=tmp_path / "alone"))
+    assert "validation/action_error" not in read_log(tmp_path / "alone")[-1]
 
 
 @pytest.fixture(scope="module")

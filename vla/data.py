@@ -35,6 +35,12 @@ def is_held_out(episode: np.ndarray, fraction: float) -> np.ndarray:
     return (0.5 + (np.asarray(episode) + 1) * _GOLDEN_RATIO) % 1.0 < fraction
 
 
+def chosen_episodes(cache: FrameCache, tasks: Sequence[int] | None, held_out_fraction: float, held_out: bool) -> np.ndarray:
+    """Which episodes of a cache belong to these tasks and to this side of the split: bool [num_episodes]."""
+    chosen = is_held_out(np.arange(cache.num_episodes), held_out_fraction) == held_out
+    return chosen if tasks is None else chosen & np.isin(cache.episode_tasks, tasks)
+
+
 class ActionWindows:
     """Every frame of a cache with the `action_horizon` actions from it on; a window never leaves its episode.
 
@@ -61,9 +67,7 @@ class ActionWindows:
         if tasks is not None and not set(tasks) <= set(available):
             unknown = sorted(set(tasks) - set(available))
             raise ValueError(f"No episodes of tasks {unknown} in {cache.root}; it holds tasks {available}.")
-        chosen = is_held_out(np.arange(cache.num_episodes), held_out_fraction) == held_out
-        if tasks is not None:
-            chosen &= np.isin(cache.episode_tasks, tasks)
+        chosen = chosen_episodes(cache, tasks, held_out_fraction, held_out)
         if not chosen.any():
             raise ValueError(
                 f"No episode left in {cache.root}: {cache.num_episodes} episodes, held_out_fraction "

@@ -22,7 +22,7 @@ from vla.action_head import ActionBatch, HeadConfig
 from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
 from vla.backbone import BackboneConfig
 from vla.cli import parse_config
-from vla.data import ActionWindows, Batch, WindowMixture
+from vla.data import ActionWindows, Batch, WindowMixture, chosen_episodes
 from vla.frame_cache import FrameCache
 from vla.heads import HEADS, build_head
 from vla.home import remask_home
@@ -249,8 +249,8 @@ class PolicyLoss:
         return LossTerms(loss.loss_sum, loss.normalizer, {})
 
 
-def held_out_error(policy: TorchPolicy, windows: ActionWindows, count: int = 256) -> dict[str, float]:
-    """Error of decoded chunks on `count` evenly spaced held-out windows.
+def held_out_error(policy: TorchPolicy, windows: WindowMixture, count: int = 256) -> dict[str, float]:
+    """Error of decoded chunks on `count` windows, evenly spaced over all held-out ones.
 
     action_error: mean |decoded - expert| over continuous dimensions, in units of each dimension's coded range;
     binary_accuracy: share of gripper commands that agree; rounds: mean passes over the slots.
@@ -263,7 +263,7 @@ def held_out_error(policy: TorchPolicy, windows: ActionWindows, count: int = 256
     for start in range(0, len(indices), 32):
         batch = windows.gather(indices[start : start + 32])
         observations = [
-            Observation(dict(zip(windows.cameras, images, strict=True)), state, text)
+            Observation(dict(zip(policy.spec.cameras, images, strict=True)), state, text)
             for images, state, text in zip(batch.images, batch.state, batch.instructions, strict=True)
         ]
         for chunk, target, pad in zip(policy.act(observations), batch.actions, batch.is_pad, strict=True):
@@ -279,20 +279,18 @@ def held_out_error(policy: TorchPolicy, windows: ActionWindows, count: int = 256
 
 
 def open_windows(config: TrainConfig, *, held_out: bool) -> list[ActionWindows]:
-    """The windows of every data set. Raises FileNotFoundError naming the command that makes a missing one."""
-    given = config.dataset.root
+    """The windows of every data set; of the held-out ones, those of the data sets that have any (a small one has none).
+
+    Raises FileNotFoundError naming the command that makes a missing one.
+    """
+    given, fraction, tasks = config.dataset.root, config.dataset.held_out_fraction, config.dataset.tasks
     if not given:
         raise ValueError("No data set: give --dataset.root=FOLDER (made by `vla collect`).")
     roots = [Path(root).expanduser() for root in (given if isinstance(given, list) else [given])]
     return [
-        ActionWindows(
-            FrameCache.open(root),
-            config.model.action_horizon,
-            tasks=config.dataset.tasks,
-            held_out_fraction=config.dataset.held_out_fraction,
-            held_out=held_out,
-        )
-        for root in roots
+        ActionWindows(cache, config.model.action_horizon, tasks=tasks, held_out_fraction=fraction, held_out=held_out)
+        for cache in map(FrameCache.open, roots)
+        if not held_out or chosen_episodes(cache, tasks, fraction, held_out=True).any()
     ]
 
 
@@ -308,14 +306,12 @@ def train_policy(config: TrainConfig) -> Path:
         f"{assets.head.type} policy, {basis}: {count_parameters(model) / 1e6:.2f} M parameters "
         f"(image tower {tower / 1e6:.2f} M), {len(mixture)} frames of {assets.provenance['episodes']} episodes"
     )
-    few = assets.provenance["episodes"] * config.dataset.held_out_fraction < 1
-    held_out = [] if few else open_windows(config, held_out=True)
+    kept = open_windows(config, held_out=True)
+    held_out = WindowMixture(kept) if kept else None
 
     def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
-        """Held-out error of the weights just saved."""
-        if not held_out:
-            return {}
-        return held_out_error(load_policy(folder / "policy", device=str(device)), held_out[0])
+        """Held-out error of the weights just saved, if anything is held out."""
+        return held_out_error(load_policy(folder / "policy", device=str(device)), held_out) if held_out else {}
 
     collate = Collator(assets, device)
 
