@@ -28,17 +28,18 @@ from tqdm import tqdm
 
 from sim import demonstration, packing
 from sim.environment import Environment
+from sim.experts.programs import build_expert
 from sim.folder_lock import locked
+from sim.job_queue import ErrorCount, choose_task
 from sim.results import Tally, append_row, differences, read_rows
 from sim.seeds import start
 from sim.suites import build_environment, get_suite
-from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs, serve_jobs
+from sim.workers import Died, Done, Failed, WorkerPool, run_jobs, serve_jobs
 from vla.home import remask_home
 from vla.interface import RobotSpec
 
 SPLIT = "train"
-PATIENCE = 20  # a task whose first so many starts hold fewer than a quarter successes is given up
-MAX_ERRORS = 10  # exceptions of a run after which it stops
+PATIENCE = 20  # starts tried after which a task is given up while fewer than a quarter of them are solved
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,10 @@ class Schedule:
         self.running[job.task].discard(job.index)
         self.outcomes[job.task][job.index] = success
 
+    def put_back(self, job: Job) -> None:
+        """An exception says nothing of the start: it is tried again."""
+        self.running[job.task].discard(job.index)
+
     def solved(self, task: int) -> list[int]:
         """Start indices of the demonstrations wanted, in order."""
         return sorted(index for index, success in self.outcomes[task].items() if success)[: self.episodes_per_task]
@@ -175,18 +180,11 @@ def attempt(config: CollectConfig, environment: Environment, expert: Callable[..
     return {**outcome, "wall_s": round(time.perf_counter() - began, 3)}
 
 
-def default_expert(environment: Environment, task: int) -> Any:
-    """The suite's scripted expert."""
-    from sim.experts.programs import build_expert
-
-    return build_expert(environment, task)
-
-
 def collect(
     config: CollectConfig,
     *,
     build: Callable[..., Environment] = build_environment,
-    expert: Callable[..., Any] = default_expert,
+    expert: Callable[..., Any] = build_expert,
 ) -> dict[str, Any]:
     """Collect and pack; returns what collect.json holds. build, expert: module-level functions (tests give fakes).
 
@@ -244,6 +242,8 @@ def run_attempts(
     total = config.episodes_per_task * len(config.task_list)
     with tqdm(total=total, initial=schedule.num_solved, unit="episode", desc=config.suite) as bar:
 
+        errors = ErrorCount(bar.write)
+
         def finished(job: Job, outcome: Done | Failed | Died) -> None:
             error = None if isinstance(outcome, Done) else str(outcome)
             result = {"success": False, "steps": 0, "wall_s": 0.0} if error else outcome.result
@@ -252,13 +252,13 @@ def run_attempts(
             row = {"task": job.task, "index": job.index, "seed": start(SPLIT, job.index).seed, **result, "error": error}
             append_row(config.root / "attempts.jsonl", row)
             attempts.append(row)
+            if error:
+                schedule.put_back(job)
+                errors.add(f"task {job.task}, start {job.index}", error)
+                return
             schedule.finish(job, row["success"])
             bar.set_postfix_str(f"expert {tally(attempts, config.task_list)}", refresh=False)
             bar.update(schedule.num_solved - bar.n)
-            if error:
-                bar.write(f"task {job.task}, start {job.index}: {error}")
-                if sum(attempt["error"] is not None for attempt in attempts) >= MAX_ERRORS:
-                    raise ChildProcessError(f"{MAX_ERRORS} episodes ended with an exception; the last: {error}.")
 
         with WorkerPool(min(config.workers, total), work, (config, build, expert)) as pool:
             run_jobs(pool, schedule.next_job, started=specs.append, finished=finished)

@@ -33,36 +33,18 @@ from sim.corpus_plan import NEW_LAYOUTS, CorpusConfig, Job, find_layouts, jobs_o
 from sim.corpus_worker import work
 from sim.environment import Environment
 from sim.folder_lock import locked
+from sim.job_queue import ErrorCount, JobQueue
 from sim.packing import check_disk, folder_bytes
 from sim.results import append_row, differences
 from sim.suites import build_environment
-from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
+from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 
-MAX_ERRORS = 10
 BYTES_PER_SCENE = 15_000  # packed; 10 kB were measured with 128-pixel images and 17 texts
 
 
-class Schedule:
-    """Which episode a worker runs next: one of the task it has built, else of the task with most to do."""
-
-    def __init__(self, jobs: Sequence[Job]) -> None:
-        self._waiting: dict[tuple[str, int], list[Job]] = {}
-        for job in jobs:
-            self._waiting.setdefault((job.suite, job.task), []).append(job)
-        self._keys = list(self._waiting)
-        self._running: Counter[int] = Counter()
-
-    def next_job(self, last: Job | None) -> Job | None:
-        counts = {number: len(self._waiting[key]) for number, key in enumerate(self._keys)}
-        before = self._keys.index((last.suite, last.task)) if last else None
-        number = choose_task(counts, before, self._running)
-        if number is None:
-            return None
-        self._running[number] += 1
-        return self._waiting[self._keys[number]].pop(0)
-
-    def finish(self, job: Job) -> None:
-        self._running[self._keys.index((job.suite, job.task))] -= 1
+def model_of(job: Job) -> tuple[str, int]:
+    """What a process builds for a job."""
+    return job.suite, job.task
 
 
 def make_corpus(config: CorpusConfig, *, build: Callable[..., Environment] = build_environment) -> dict[str, Any]:
@@ -110,25 +92,25 @@ def run_episodes(config: CorpusConfig, jobs: Sequence[Job], missing: Sequence[Jo
     totals: Counter[str] = Counter(scenes=0, texts=0, errors=0)
     if not missing:
         return totals
-    schedule = Schedule(missing)
+    queue = JobQueue(missing, model_of)
     scenes = sum(job.scenes for job in jobs)
     done = scenes - sum(job.scenes for job in missing)
     with tqdm(total=scenes, initial=done, unit="scene", desc="corpus") as bar:
 
+        errors = ErrorCount(bar.write)
+
         def finished(job: Job, outcome: Done | Failed | Died) -> None:
-            schedule.finish(job)
+            queue.finish(job)
             if isinstance(outcome, Done):
                 totals.update(scenes=outcome.result["scenes"], texts=outcome.result["texts"])
                 bar.update(outcome.result["scenes"])
                 return
             totals.update(errors=1)
             append_row(config.root / "errors.jsonl", {"episode": job.file, "error": str(outcome)})
-            bar.write(f"{job.file}: {outcome}")
-            if totals["errors"] >= MAX_ERRORS:
-                raise ChildProcessError(f"{MAX_ERRORS} episodes ended with an exception; the last: {outcome}.")
+            errors.add(job.file, outcome)
 
         with WorkerPool(min(config.workers, len(missing)), work, (config, build)) as pool:
-            run_jobs(pool, schedule.next_job, started=lambda facts: None, finished=finished)
+            run_jobs(pool, queue.next_job, started=lambda facts: None, finished=finished)
     return totals
 
 

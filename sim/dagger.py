@@ -24,23 +24,23 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sim import correction, demonstration, packing
-from sim.collect import default_expert
 from sim.correction import CorrectionJob, CorrectionSettings
 from sim.environment import Environment
 from sim.evaluate import EvaluateConfig, check_robot, evaluate
+from sim.experts.programs import build_expert
 from sim.folder_lock import locked
+from sim.job_queue import ErrorCount, JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.policy_source import PolicySource, answer, policy_threads
 from sim.results import append_row, differences, read_rows, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
-from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
+from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 from vla.home import remask_home
 from vla.interface import Policy, RobotSpec
 
 FIRST_INDEX = 500_000  # of the training starts; `vla collect` counts from 0 and never comes here
 ROUND_STARTS = 10_000  # starts set aside for a round
-MAX_ERRORS = 10
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def dagger(
     config: DaggerConfig,
     *,
     build: Callable[..., Environment] = build_environment,
-    expert: Callable[..., Any] = default_expert,
+    expert: Callable[..., Any] = build_expert,
     load: Callable[[str], Policy] | None = None,
     train: Callable[[DaggerConfig, int, str, list[Path]], str] | None = None,
 ) -> list[Round]:
@@ -208,19 +208,8 @@ def run_corrections(
     """Run `jobs` in W processes, putting each outcome into `rows` and on disk; the robot they drove."""
     if not jobs:
         return None
-    waiting: dict[int, list[CorrectionJob]] = {}
-    for job in jobs:
-        waiting.setdefault(job.task, []).append(job)
-    running: dict[int, int] = {}
+    queue = JobQueue(jobs)
     specs: list[dict[str, Any]] = []
-    errors = 0
-
-    def next_job(last: CorrectionJob | None) -> CorrectionJob | None:
-        task = choose_task({task: len(queue) for task, queue in waiting.items()}, last.task if last else None, running)
-        if task is None:
-            return None
-        running[task] = running.get(task, 0) + 1
-        return waiting[task].pop(0)
 
     def started(spec: dict[str, Any]) -> None:
         check_robot(policy, spec)
@@ -228,27 +217,24 @@ def run_corrections(
 
     with tqdm(total=len(jobs), unit="episode", desc="corrections") as bar:
 
+        errors = ErrorCount(bar.write)
+
         def finished(job: CorrectionJob, outcome: Done | Failed | Died) -> None:
-            nonlocal errors
-            running[job.task] -= 1
             error = None if isinstance(outcome, Done) else str(outcome)
             row = {"task": job.task, "index": job.index, "seed": start(correction.SPLIT, job.index).seed, "error": error}
             row |= outcome.result if isinstance(outcome, Done) else {}
             append_row(folder / "episodes.jsonl", row)
             bar.update()
             if error is None:
+                queue.finish(job)
                 rows[job.task, job.index] = row
-                return
-            bar.write(f"task {job.task}, start {job.index}: {error}")
-            errors += 1
-            if errors < MAX_ERRORS:
-                waiting[job.task].append(job)  # an exception says nothing of the start: try it again
-            else:
-                raise ChildProcessError(f"{MAX_ERRORS} episodes ended with an exception; the last: {error}.")
+            else:  # an exception says nothing of the start: try it again
+                queue.put_back(job)
+                errors.add(f"task {job.task}, start {job.index}", error)
 
         num_workers = min(config.workers, len(jobs))
         with policy_threads(config.workers), WorkerPool(num_workers, correction.work, (settings, build, expert)) as pool:
-            run_jobs(pool, next_job, started=started, finished=finished, answer=functools.partial(answer, policy))
+            run_jobs(pool, queue.next_job, started=started, finished=finished, answer=functools.partial(answer, policy))
     return RobotSpec.from_dict(specs[0])
 
 

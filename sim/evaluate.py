@@ -31,6 +31,7 @@ from tqdm import tqdm
 from sim.environment import Environment
 from sim.episode_worker import EpisodeJob, EpisodeSettings, version, work
 from sim.folder_lock import locked
+from sim.job_queue import JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.perturbations.kinds import NONE, PerturbConfig
 from sim.policy_source import PolicySource, answer, attacked, load_source, policy_threads
@@ -39,7 +40,7 @@ from sim.seeds import start
 from sim.shards import shard_of
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.video import last_frame, success_grid, write_image
-from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs
+from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 from vla.home import remask_home
 from vla.interface import Policy
 
@@ -145,10 +146,7 @@ def run_episodes(
     """Run `jobs`, putting each row into `rows` and on disk as it ends."""
     if not jobs:
         return
-    waiting: dict[int, list[EpisodeJob]] = {}
-    for job in jobs:
-        waiting.setdefault(job.task, []).append(job)
-    running: dict[int, int] = {}
+    queue = JobQueue(jobs)
     facts: dict[str, Any] = {}
     same_for_all = {
         "suite": config.suite,
@@ -159,13 +157,6 @@ def run_episodes(
         "git_commit": git_commit(),
     }
 
-    def next_job(last: EpisodeJob | None) -> EpisodeJob | None:
-        task = choose_task({task: len(queue) for task, queue in waiting.items()}, last.task if last else None, running)
-        if task is None:
-            return None
-        running[task] = running.get(task, 0) + 1
-        return waiting[task].pop(0)
-
     def started(worker_facts: dict[str, Any]) -> None:
         check_robot(policy, worker_facts["spec"])
         facts.update(worker_facts)
@@ -175,7 +166,7 @@ def run_episodes(
     with tqdm(total=len(jobs), unit="episode", desc=config.suite) as bar:
 
         def finished(job: EpisodeJob, outcome: Done | Failed | Died) -> None:
-            running[job.task] -= 1
+            queue.finish(job)
             row = EpisodeRow(
                 task=job.task,
                 instruction=facts["instructions"][job.task],
@@ -196,7 +187,7 @@ def run_episodes(
 
         with WorkerPool(min(config.workers, len(jobs)), work, (settings, build)) as pool:
             reply = functools.partial(answer, policy, max_batch=config.max_batch)
-            run_jobs(pool, next_job, started=started, finished=finished, answer=reply)
+            run_jobs(pool, queue.next_job, started=started, finished=finished, answer=reply)
 
 
 def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> EpisodeSettings:

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -219,17 +219,6 @@ def describe(error: BaseException) -> str:
     """One line: type, text and the place that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno})"
-
-
-def choose_task(num_waiting: Mapping[int, int], last_task: int | None, running: Mapping[int, int]) -> int | None:
-    """Task of a worker's next job: its own again (a new task costs a model build), else the one with most to do.
-
-    num_waiting, running: per task the jobs nobody has taken and the workers on it. None if nothing waits.
-    """
-    waiting = [task for task, count in num_waiting.items() if count > 0]
-    if last_task in waiting:
-        return last_task
-    return min(waiting, key=lambda task: (running.get(task, 0), -num_waiting[task], task), default=None)
 
 
 def _run(target: Callable[..., None], connection: Connection, arguments: tuple[Any, ...]) -> None:

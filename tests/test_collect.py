@@ -1,5 +1,6 @@
 """Laws of collection with real spawned processes, on a world without a simulator."""
 
+import functools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from sim import demonstration
 from sim.collect import CollectConfig, Job, Schedule, collect
 from sim.folder_lock import locked
 from sim.results import read_rows
-from tests.point_world import build_point_world, point_expert
+from sim.seeds import Start
+from tests.point_world import PointWorld, build_point_world, point_expert
 from vla.frame_cache import FrameCache
 
 
@@ -49,6 +51,33 @@ def test_a_data_set_depends_on_neither_workers_nor_interruptions(tmp_path, monke
     demonstration.staged_path(tmp_path / "parts" / "episodes", 0, 1).unlink()
     gather(demonstrations(tmp_path / "parts", workers=2))
     assert_equal_caches(tmp_path / "one" / "cache", tmp_path / "parts" / "cache")
+
+
+class StumblingWorld(PointWorld):
+    """Raises at start 1 of a task, once in all."""
+
+    def __init__(self, marker: Path, image_size: int) -> None:
+        super().__init__(image_size)
+        self._marker = marker
+
+    def reset(self, task: int, start: Start) -> None:
+        if start.index == 1 and not self._marker.exists():
+            self._marker.touch()
+            raise ArithmeticError("the ball was nowhere")
+        super().reset(task, start)
+
+
+def build_stumbling_world(suite: str, *, marker: Path, image_size: int, mesh_detail: float) -> StumblingWorld:
+    return StumblingWorld(marker, image_size)
+
+
+def test_a_start_that_raised_is_tried_again_and_the_data_set_is_the_same(tmp_path):
+    gather(demonstrations(tmp_path / "smooth"))
+    build = functools.partial(build_stumbling_world, marker=tmp_path / "marker")
+    report = collect(demonstrations(tmp_path / "stumbled"), build=build, expert=point_expert)
+    assert_equal_caches(tmp_path / "smooth" / "cache", tmp_path / "stumbled" / "cache")
+    errors = [attempt["error"] for attempt in read_rows(tmp_path / "stumbled" / "attempts.jsonl") if attempt["error"]]
+    assert len(errors) == 1 and "nowhere" in errors[0] and report["expert_all"]["errors"] == 1
 
 
 def test_a_data_set_holds_the_episodes_asked_for_and_no_staging(tmp_path):

@@ -10,9 +10,10 @@ pytest.importorskip("robosuite")
 pytest.importorskip("pyarrow")
 
 from multimodal.corpus_file import HELD_OUT, TRAIN, read_manifest, read_scenes, split_files
-from sim.corpus import Schedule, make_corpus
+from sim.corpus import make_corpus, model_of
 from sim.corpus_plan import NEW_LAYOUTS, STARTS, CorpusConfig, find_layouts, jobs_of
 from sim.corpus_worker import Describer
+from sim.job_queue import JobQueue
 from sim.language.lexicon import WORDS
 from sim.scene_facts import Facts
 from sim.scene_state import Scene
@@ -102,7 +103,7 @@ def test_no_episode_is_run_twice() -> None:
     config = CorpusConfig(scenes=600, held_out_scenes=100)
     jobs = jobs_of(config, find_layouts(config.suites))
     assert len({job.file for job in jobs}) == len(jobs)
-    schedule = Schedule(jobs)
+    schedule = JobQueue(jobs, model_of)
     job, order = schedule.next_job(None), []
     while job is not None:
         order.append(job)

@@ -14,10 +14,11 @@ import sim.evaluate
 from sim.episode_worker import Question
 from sim.evaluate import EvaluateConfig, evaluate
 from sim.folder_lock import locked
+from sim.job_queue import choose_task
 from sim.policy_source import answer
 from sim.results import EpisodeRow, read_episodes, read_rows
 from sim.seeds import start
-from sim.workers import Ask, Done, Ready, choose_task, run_jobs
+from sim.workers import Ask, Done, Ready, run_jobs
 from tests.point_world import CRASH_INDEX, KILL_INDEX, PointPolicy, PointWorld, build_broken_world, build_point_world
 
 ROOT = Path(__file__).resolve().parents[1]

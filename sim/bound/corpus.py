@@ -21,11 +21,11 @@ from sim.bound.objects import object_classes
 from sim.bound.plan import BindCorpusConfig, Job, bodies_of, jobs_of
 from sim.bound.worker import work
 from sim.folder_lock import locked
+from sim.job_queue import ErrorCount
 from sim.packing import check_disk, folder_bytes
 from sim.results import append_row, differences
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 
-MAX_ERRORS = 3
 BYTES_PER_SAMPLE = 40_000  # 32 kB were measured with the default sizes
 
 
@@ -66,21 +66,19 @@ def open_corpus(config: BindCorpusConfig) -> list[Job]:
 
 def run_files(config: BindCorpusConfig, missing: Sequence[Job], count: int) -> None:
     """Make the missing files in W processes. Raises ChildProcessError after a few that failed."""
-    waiting, errors = list(missing), 0
+    waiting = list(missing)
     if not waiting:
         return
     with tqdm(total=count, unit="sample", desc="bound corpus") as bar:
 
+        errors = ErrorCount(bar.write, most=3)  # a file is hundreds of samples
+
         def finished(job: Job, outcome: Done | Failed | Died) -> None:
-            nonlocal errors
             if isinstance(outcome, Done):
                 bar.update(outcome.result["samples"])
                 return
-            errors += 1
             append_row(config.root / "errors.jsonl", {"file": job.file, "error": str(outcome)})
-            bar.write(f"{job.file}: {outcome}")
-            if errors >= MAX_ERRORS:
-                raise ChildProcessError(f"{MAX_ERRORS} files ended with an exception; the last: {outcome}.")
+            errors.add(job.file, outcome)
 
         with WorkerPool(min(config.workers, len(waiting)), work, (config,)) as pool:
             run_jobs(

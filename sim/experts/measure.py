@@ -19,14 +19,13 @@ from tqdm import tqdm
 
 from sim.environment import Environment
 from sim.experts.programs import NoisyExpert, build_expert
+from sim.job_queue import ErrorCount, JobQueue
 from sim.results import Tally, append_row, differences, mean, read_rows
 from sim.seeds import start
 from sim.suites import build_environment, get_suite
-from sim.workers import Died, Done, Failed, WorkerPool, choose_task, run_jobs, serve_jobs
+from sim.workers import Died, Done, Failed, WorkerPool, run_jobs, serve_jobs
 from vla.cli import parse_config
 from vla.home import remask_home
-
-MAX_ERRORS = 10  # exceptions of a run after which it stops
 
 
 @dataclass(frozen=True)
@@ -134,36 +133,25 @@ def measure(
     """
     attempts = {Job(row["task"], row["index"]): Attempt(**row) for row in open_rows(config)}
     wanted = [Job(task, index) for task in config.task_list for index in range(config.episodes)]
-    waiting = {task: [job for job in wanted if job.task == task and job not in attempts] for task in config.task_list}
-    running = dict.fromkeys(config.task_list, 0)
+    queue = JobQueue([job for job in wanted if job not in attempts])
     instructions: dict[int, str] = {}
-    errors = 0
 
-    def next_job(last: Job | None) -> Job | None:
-        task = choose_task({task: len(jobs) for task, jobs in waiting.items()}, last.task if last else None, running)
-        if task is None:
-            return None
-        running[task] += 1
-        return waiting[task].pop(0)
-
-    def finished(job: Job, outcome: Done | Failed | Died) -> None:
-        nonlocal errors
-        running[job.task] -= 1
-        if isinstance(outcome, Done):
-            attempts[job] = outcome.result
-            append_row(config.rows_path, dataclasses.asdict(outcome.result))
-        else:  # not stored: an exception says nothing of the start, so that a resumed run tries it again
-            attempts[job] = Attempt(job.task, job.index, False, 0, 0.0, str(outcome))
-            errors += 1
-            bar.write(f"task {job.task}, start {job.index}: {outcome}")
-            if errors >= MAX_ERRORS:
-                raise ChildProcessError(f"{MAX_ERRORS} episodes ended with an exception; the last: {outcome}.")
-        bar.update()
-
-    missing = sum(map(len, waiting.values()))
+    missing = len(queue)
     with tqdm(total=len(wanted), initial=len(wanted) - missing, unit="episode", disable=None) as bar:
+        errors = ErrorCount(bar.write)
+
+        def finished(job: Job, outcome: Done | Failed | Died) -> None:
+            queue.finish(job)
+            bar.update()
+            if isinstance(outcome, Done):
+                attempts[job] = outcome.result
+                append_row(config.rows_path, dataclasses.asdict(outcome.result))
+            else:  # not stored: an exception says nothing of the start, so that a resumed run tries it again
+                attempts[job] = Attempt(job.task, job.index, False, 0, 0.0, str(outcome))
+                errors.add(f"task {job.task}, start {job.index}", outcome)
+
         with WorkerPool(max(1, min(config.workers, missing)), work, (config, build, expert)) as pool:
-            run_jobs(pool, next_job, started=instructions.update, finished=finished)
+            run_jobs(pool, queue.next_job, started=instructions.update, finished=finished)
     return instructions, [attempts[job] for job in wanted]
 
 
