@@ -4,7 +4,7 @@ A data set folder while it is collected, and when it is packed:
 
     episodes/task_003-start_000017.npz   finished demonstrations, whole or absent; removed once packed
     settings.json attempts.jsonl         what was asked for; every start that was tried, with its outcome
-    collect.json                         expert success with intervals, episodes per hour, sizes
+    collect.json                         expert success with intervals, attempts per hour, sizes
     meta/ data/                          the LeRobotDataset (not with --cache_only)
     cache/                               the frame cache that training reads
 
@@ -219,7 +219,7 @@ def collect_into(
         "expert_all": summary(attempts, config.task_list),
         "workers": config.workers,
         "collect_s": round(seconds, 1),
-        "episodes_per_hour": round(3600 * (len(attempts) - already) / seconds) if len(attempts) > already else None,
+        "attempts_per_hour": round(3600 * (len(attempts) - already) / seconds) if len(attempts) > already else None,
     }
     staged = root / "episodes"
     paths = [demonstration.staged_path(staged, task, index) for task in config.task_list for index in schedule.solved(task)]
@@ -339,7 +339,7 @@ def print_report(report: dict[str, Any], root: Path) -> None:
     Console().print(table)
     parts = {name.removesuffix("_bytes"): report[name] for name in report if name.endswith("_bytes")}
     sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items())
-    rate = f"{report['episodes_per_hour']} episodes per hour, " if report["episodes_per_hour"] else ""
+    rate = f"{report['attempts_per_hour']} attempts per hour, " if report["attempts_per_hour"] else ""
     print(f"{rate}{sizes}. Packed in {report['pack_s']} s. Next: vla train --dataset.root={root}")
 
 

@@ -5,6 +5,7 @@ While it runs, finished episodes lie in `<output>.rows.jsonl`; the same command 
 
 import dataclasses
 import functools
+import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from sim.environment import Environment
+from sim.episode_worker import version
 from sim.experts.programs import NoisyExpert, build_expert
 from sim.job_queue import ErrorCount, JobQueue
 from sim.results import Tally, append_row, differences, mean, read_rows
@@ -54,8 +56,9 @@ class MeasureConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its beginning."""
-        return {"suite": self.suite, "split": self.split, "noise": self.noise, "max_steps": self.step_limit}
+        """What a resumed run must share with its beginning, the experts' code among it."""
+        settings = {"suite": self.suite, "split": self.split, "noise": self.noise, "max_steps": self.step_limit}
+        return {**settings, "experts": code_hash(), "mujoco": version("mujoco")}
 
     @property
     def rows_path(self) -> Path:
@@ -72,6 +75,17 @@ class MeasureConfig:
     @property
     def path(self) -> Path:
         return Path(self.output or remask_home() / "experts" / f"{self.suite}-{self.split}.json").expanduser()
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of the experts' source and their geometry: attempts of two versions belong to no one table. 12 hex digits."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in (*sorted(folder.glob("*.py")), folder.parent / "boxes.py"):
+        if path.name != Path(__file__).name:
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -112,10 +126,10 @@ def work(
 ) -> None:
     """A simulator process: attempts the starts it is given. Imports no torch of ours."""
 
-    def begin() -> tuple[dict[int, str], Callable[[Job], Attempt]]:
+    def begin() -> tuple[dict[str, Any], Callable[[Job], Attempt]]:
         environment = build(config.suite)
         instructions = {task: environment.instruction(task) for task in config.task_list}
-        return instructions, functools.partial(attempt, environment, expert, config)
+        return {"instructions": instructions, "assets": getattr(environment, "assets", "unknown")}, functools.partial(attempt, environment, expert, config)
 
     serve_jobs(connection, begin)
 
@@ -125,8 +139,9 @@ def measure(
     *,
     build: Callable[..., Environment] = build_environment,
     expert: Callable[..., Any] = build_expert,
-) -> tuple[dict[int, str], list[Attempt]]:
-    """Instructions by task, and `config.episodes` attempts of every task, in order, whatever the number of workers.
+) -> tuple[dict[str, Any], list[Attempt]]:
+    """Facts of the world ("instructions" by task, "assets"), and `config.episodes` attempts of every task, in order, whatever
+    the number of workers.
 
     build, expert: module-level functions (tests give fakes). A process keeps to its task, since a LIBERO model holds one.
     Raises ValueError if the rows on disk are another run's, ChildProcessError if episodes keep ending with exceptions.
@@ -134,7 +149,7 @@ def measure(
     attempts = {Job(row["task"], row["index"]): Attempt(**row) for row in open_rows(config)}
     wanted = [Job(task, index) for task in config.task_list for index in range(config.episodes)]
     queue = JobQueue([job for job in wanted if job not in attempts])
-    instructions: dict[int, str] = {}
+    facts: dict[str, Any] = {}
 
     missing = len(queue)
     with tqdm(total=len(wanted), initial=len(wanted) - missing, unit="episode", disable=None) as bar:
@@ -151,8 +166,8 @@ def measure(
                 errors.add(f"task {job.task}, start {job.index}", outcome)
 
         with WorkerPool(max(1, min(config.workers, missing)), work, (config, build, expert)) as pool:
-            run_jobs(pool, queue.next_job, started=instructions.update, finished=finished)
-    return instructions, [attempts[job] for job in wanted]
+            run_jobs(pool, queue.next_job, started=facts.update, finished=finished)
+    return facts, [attempts[job] for job in wanted]
 
 
 def open_rows(config: MeasureConfig) -> list[dict[str, Any]]:
@@ -184,11 +199,11 @@ def summary(attempts: Sequence[Attempt]) -> dict[str, float | int | list[float] 
     }
 
 
-def report(config: MeasureConfig, instructions: dict[int, str], attempts: Sequence[Attempt]) -> dict:
-    """What the JSON file holds: settings, a summary per task and over all, every attempt."""
+def report(config: MeasureConfig, facts: dict[str, Any], attempts: Sequence[Attempt]) -> dict:
+    """What the JSON file holds: settings, what they ran on, a summary per task and over all, every attempt."""
     tasks = {
         str(task): {
-            "instruction": instructions[task],
+            "instruction": facts["instructions"][task],
             **summary([a for a in attempts if a.task == task]),
         }
         for task in config.task_list
@@ -196,6 +211,7 @@ def report(config: MeasureConfig, instructions: dict[int, str], attempts: Sequen
     settings = {**dataclasses.asdict(config), "output": str(config.path), "max_steps": config.step_limit}
     return {
         "config": settings,
+        "made_with": {"experts": code_hash(), "assets": facts["assets"], **{name: version(name) for name in ("mujoco", "robosuite")}},
         "tasks": tasks,
         "all": summary(attempts),
         "attempts": [dataclasses.asdict(a) for a in attempts],

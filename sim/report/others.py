@@ -1,7 +1,7 @@
 """Sections made of JSON files: benchmarks, DAgger rounds, collections, experts, scaling fits."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +81,15 @@ def experts(path: Path) -> Section:
         "command": f"`vla experts --suite={config['suite']} --episodes={config['episodes']}`",
         "starts": config["split"],
         "noise": str(config["noise"]),
+        **made_with([found]),
     }
     return Section(markdown_table(["task", "instruction", "solved", "success [95 %]"], lines), facts)
+
+
+def made_with(found: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Versions and assets that files of `vla experts` rest on: each name with the values that occur."""
+    names = {name: None for each in found for name in each.get("made_with", {})}
+    return {name: "; ".join(sorted({str(each["made_with"][name]) for each in found if "made_with" in each})) for name in names}
 
 
 def experts_group(paths: list[Path]) -> Section:
@@ -97,11 +104,16 @@ def experts_group(paths: list[Path]) -> Section:
         always = sum(row["successes"] == row["episodes"] for row in tasks.values())
         lines.append([
             config["suite"], config["split"], len(tasks), *rate_cells(each["all"]), each["all"]["errors"],
-            f"{each['all']['mean_steps']:.0f}", always, lowest if always < len(tasks) else "",
+            None if each["all"]["mean_steps"] is None else f"{each['all']['mean_steps']:.0f}", always, lowest if always < len(tasks) else "",
         ])  # fmt: skip
     columns = ["suite", "starts", "tasks", "solved", "success [95 %]", "errors", "mean steps", "tasks always solved", "lowest"]
     noises = sorted({str(each["config"]["noise"]) for each in found})
-    facts = {"command": "`vla experts --suite=SUITE --split=STARTS --episodes=N`", "noise": ", ".join(noises), "intervals": "95 % Wilson"}
+    facts = {
+        "command": "`vla experts --suite=SUITE --split=STARTS --episodes=N`",
+        "noise": ", ".join(noises),
+        "intervals": "95 % Wilson",
+        **made_with(found),
+    }
     return Section(markdown_table(columns, lines), facts)
 
 
@@ -114,7 +126,7 @@ def collection(folder: Path) -> Section:
         for task, row in tasks.items()
     ]
     columns = ["task", "solved", "success [95 %]", "errors", "mean steps"]
-    shown = ("suite", "split", "noise", "image_size", "episodes_per_task", "collect_s", "episodes_per_hour", "dataset_bytes")
+    shown = ("suite", "split", "noise", "image_size", "episodes_per_task", "collect_s", "attempts_per_hour", "dataset_bytes")
     settings = ", ".join(f"{key} {found[key]}" for key in shown if found.get(key) is not None)
     facts = {"settings": settings, "intervals": "95 % Wilson"}
     return Section(markdown_table(columns, lines), facts)
