@@ -5,7 +5,8 @@ weighted sum, as a concatenation or by selection. What the paper leaves open is 
 a repeated image is pruned alike) or guided by attention; the convolution is depthwise separable; the gate reads a question
 vector and the image's mean; its loss has a cost term, without which nothing favours a cheap branch, and a load balance.
 
-It serves a draft, whose quality changes the speed and not the answer; in front of a policy the same module is lossy.
+It serves a draft, whose quality changes the speed and not the answer; before a policy's prefix (vla/model.py) the same module
+is lossy.
 """
 
 import math
@@ -21,6 +22,7 @@ from multimodal.config import check_choice
 
 BRANCHES = ("prune", "pool", "conv", "resample", "text_only")  # the order of the gate's outputs
 MODES = (*BRANCHES, "none", "weighted", "concat", "select")
+ALIKE = ("none", "prune", "pool", "conv", "resample", "concat")  # no gate; of every image as many tokens, never 0
 _MIXED = ("prune", "pool", "conv")  # of the weighted sum, all with `weighted_ratio`
 
 
@@ -52,6 +54,9 @@ class CompressorConfig:
     @property
     def needs_gate(self) -> bool:
         return self.mode in ("weighted", "select")
+
+
+KEEP_ALL = CompressorConfig(mode="none")
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,10 @@ class VisualCompressor(nn.Module):
             picked.append(part[0] * passed[row, index])
         return Compressed(picked, weights, tuple(BRANCHES[index] for index in chosen.tolist()))
 
+    def alike(self, tokens: Tensor, seed: int = 0) -> Tensor:
+        """[B, P, width] -> [B, m, width] by a mode of `ALIKE`; uniform pruning keeps the same places of every image."""
+        return self._branch(self.config.mode, tokens, [seed], None)
+
     def gate_loss(self, gate: Tensor) -> Tensor:
         """cost_weight * expected share of tokens kept + balance_weight * (branches * sum of squared mean probabilities - 1).
 
@@ -182,7 +191,7 @@ class VisualCompressor(nn.Module):
 
 def _prune(tokens: Tensor, count: int, seeds: Sequence[int], scores: Tensor | None) -> Tensor:
     """Keep `count` tokens in their order: the best by score, or evenly spaced from a start in [0, 1) spacings given by the
-    seed.
+    seed, one an image or one for all.
     """
     batch, total, width = tokens.shape
     if scores is not None:
@@ -237,6 +246,6 @@ class _Resampler(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """[B, P, width] -> [B, queries, width]."""
-        queries = self.queries.expand(len(tokens), 1, -1, -1)
+        queries = self.queries.expand(tokens.shape[0], 1, -1, -1)
         seen = attend(queries, self.key(tokens)[:, None], self.value(tokens)[:, None], None)
         return self.output(seen[:, 0])

@@ -5,7 +5,7 @@ repeatable.
 import pytest
 import torch
 
-from multimodal.compressor import BRANCHES, MODES, CompressorConfig, VisualCompressor
+from multimodal.compressor import ALIKE, BRANCHES, MODES, CompressorConfig, VisualCompressor
 
 TOKENS = torch.randn(3, 36, 8, generator=torch.Generator().manual_seed(0))
 QUESTION = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
@@ -47,6 +47,13 @@ def test_uniform_pruning_is_evenly_spaced_and_repeats_with_its_seed():
     first = [row[:, 0].tolist() for row in compressor(index, seeds=[5, 77]).tokens]
     assert first == [row[:, 0].tolist() for row in compressor(index, seeds=[5, 77]).tokens] and first[0] != first[1]
     assert all({b - a for a, b in zip(row, row[1:])} == {6.0} and 0 <= row[0] < 6 for row in first)
+
+
+@pytest.mark.parametrize("mode", ALIKE)
+def test_all_images_alike_is_each_image_with_the_same_seed(mode):
+    compressor = build(mode=mode)
+    each = torch.stack(compressor(TOKENS, seeds=[7, 7, 7]).tokens)
+    assert torch.equal(compressor.alike(TOKENS, seed=7), each) and each.shape[1] == compressor.num_tokens(mode) > 0
 
 
 def test_guided_pruning_keeps_what_is_attended_to_in_order():
