@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from multimodal.attention import KVCache, causal_mask, key_padding_mask
+from multimodal.compressor import ALIKE, KEEP_ALL, CompressorConfig, VisualCompressor
 from multimodal.config import VLMConfig, check_choice
 from multimodal.decoder import arange_positions, initialise
 from multimodal.prompt import PromptConfig
@@ -34,9 +35,21 @@ class VLAConfig:
     num_action_ids: int = 257
     slots: str = "tokens"  # tokens: H x D slots of one token each; steps: H slots of one action vector each
     prompt: PromptConfig = field(default_factory=PromptConfig)  # what a published backbone reads around images and instruction
+    compressor: CompressorConfig = KEEP_ALL  # makes each camera's tokens fewer before the prefix is filled; lossy
 
     def __post_init__(self) -> None:
         check_choice("VLAConfig", "slots", self.slots, SLOTS)
+        mode = self.compressor.mode
+        if mode not in ALIKE:
+            raise ValueError(
+                f"model.compressor.mode is {mode!r}; a prefix has no question for a gate, sees something, and holds as many "
+                f"tokens of every image. Allowed: {', '.join(ALIKE)}."
+            )
+        if mode in ("prune", "concat") and self.compressor.prune == "guided":
+            raise ValueError(
+                "model.compressor.prune is 'guided'; a prefix has no question whose attention would guide it. Set prune: "
+                "uniform, or mode: resample, whose own queries choose what to look at."
+            )
 
     @property
     def num_slots(self) -> int:
@@ -48,15 +61,19 @@ class VLAConfig:
         return self.num_action_ids
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and numbers, as YAML writes them."""
-        return _plain(asdict(self))
+        """Plain dicts, lists and numbers, as YAML writes them; no compressor if it keeps all: older versions know none."""
+        values = _plain(asdict(self))
+        if self.compressor == KEEP_ALL:
+            del values["compressor"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "VLAConfig":
         """Inverse of `to_dict`. Raises TypeError on a missing or unknown field."""
-        rest = {key: value for key, value in values.items() if key not in ("vlm", "prompt")}
+        rest = {key: value for key, value in values.items() if key not in ("vlm", "prompt", "compressor")}
         prompt = PromptConfig.from_dict(values.get("prompt", {}))
-        return cls(vlm=VLMConfig.from_dict(values["vlm"]), prompt=prompt, **rest)
+        compressor = CompressorConfig(**values["compressor"]) if "compressor" in values else KEEP_ALL
+        return cls(vlm=VLMConfig.from_dict(values["vlm"]), prompt=prompt, compressor=compressor, **rest)
 
 
 def _plain(value: Any) -> Any:
@@ -99,27 +116,34 @@ class VLA(nn.Module):
         super().__init__()
         self.config = config
         self.vlm = VLM(config.vlm) if vlm is None else vlm
-        if config.vlm.decoder.positions == "mrotary":
-            self.register_buffer("grid_positions", self._grid_positions(), persistent=False)
         width = config.vlm.decoder.hidden_size
         self.state_projector = nn.Linear(config.state_dim, width)
         initialise(self.state_projector)
         if config.slots == "steps":
             self.step_slots = StepSlots(config.action_horizon, config.action_dim, width)
-            return
-        self.action_embedding = nn.Embedding(config.num_action_ids + 1, width)  # the last row is the trainable mask
-        self.step_embedding = nn.Embedding(config.action_horizon, width)
-        self.dim_embedding = nn.Embedding(config.action_dim, width)
-        self.action_head = nn.Linear(width, config.num_action_ids, bias=False)
-        for module in (self.action_embedding, self.step_embedding, self.dim_embedding, self.action_head):
-            initialise(module)
+        else:
+            self.action_embedding = nn.Embedding(config.num_action_ids + 1, width)  # the last row is the trainable mask
+            self.step_embedding = nn.Embedding(config.action_horizon, width)
+            self.dim_embedding = nn.Embedding(config.action_dim, width)
+            self.action_head = nn.Linear(width, config.num_action_ids, bias=False)
+            for module in (self.action_embedding, self.step_embedding, self.dim_embedding, self.action_head):
+                initialise(module)
+        # Last, so that a seed gives policies with and without one the same other weights.
+        self.compressor = VisualCompressor(config.compressor, width, self.vlm.tokens_per_image)
+        if config.vlm.decoder.positions == "mrotary":
+            self.register_buffer("grid_positions", self._grid_positions(), persistent=False)
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of all cameras in the prefix, after the compressor."""
+        return self.config.vlm.num_cameras * self.compressor.num_tokens(self.config.compressor.mode)
 
     @property
     def prefix_length(self) -> int:
         """Positions of images, state and padded text, P: where the action slots' positions begin."""
         prompt, cameras = self.config.prompt, self.config.vlm.num_cameras
         around = len(prompt.before_ids) + cameras * (len(prompt.image_before_ids) + len(prompt.image_after_ids))
-        return around + self.vlm.num_image_tokens + 1 + self.config.text_length
+        return around + self.num_image_tokens + 1 + self.config.text_length
 
     def positions(self, batch: int, start: int, length: int, device: torch.device) -> Tensor:
         """Positions start .. start + length - 1 of prefix and slots: int64 [batch, length]; M-RoPE: [3, batch, length]."""
@@ -128,9 +152,10 @@ class VLA(nn.Module):
         return self.grid_positions[:, None, start : start + length].expand(-1, batch, -1)
 
     def _grid_positions(self) -> Tensor:
-        """M-RoPE positions of the whole prefix and all slots: int64 [3, P + L]."""
-        prompt, size = self.config.prompt, self.config.vlm.vision.image_size
-        image = (len(prompt.image_before_ids), self.vlm.image_grid(size, size), len(prompt.image_after_ids))
+        """M-RoPE positions of the whole prefix and all slots: int64 [3, P + L]. Compressed tokens stand in a row, like text."""
+        prompt, size, mode = self.config.prompt, self.config.vlm.vision.image_size, self.config.compressor.mode
+        tokens = self.vlm.image_grid(size, size) if mode == "none" else self.compressor.num_tokens(mode)
+        image = (len(prompt.image_before_ids), tokens, len(prompt.image_after_ids))
         rest = 1 + self.config.text_length + self.config.num_slots
         return segment_positions([len(prompt.before_ids), *image * self.config.vlm.num_cameras, rest])
 
@@ -141,12 +166,24 @@ class VLA(nn.Module):
 
         Returns embeddings [B, P, width] in the order images, state, text, and is_real bool [B, P].
         """
-        return self.join_prefix(self.vlm.embed_images(images), state, text_ids, text_mask)
+        return self.join_prefix(self.embed_images(images), state, text_ids, text_mask)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """images float [B, C, 3, h, w] -> what the prefix holds of them, place marked, then compressed: [B, C * P', width].
+
+        Uniform pruning keeps the same patches of every frame (seed 0): a chunk is a function of its observation, and a patch
+        that is seen does not change from frame to frame.
+        """
+        tokens = self.vlm.embed_images(images)
+        if self.config.compressor.mode == "none":
+            return tokens
+        cameras = tokens.to(self.state_projector.weight.dtype).unflatten(1, (self.config.vlm.num_cameras, -1))
+        return self.compressor.alike(cameras.flatten(0, 1)).unflatten(0, (-1, cameras.shape[1])).flatten(1, 2)
 
     def join_prefix(
         self, image_tokens: Tensor, state: Tensor, text_ids: Tensor, text_mask: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`embed_prefix` once the images are embedded: image_tokens [B, C * P, width]."""
+        """`embed_prefix` once the images are embedded: image_tokens [B, C * P', width] of `embed_images`."""
         parts = (self._frame_images(image_tokens), self.state_projector(state)[:, None], self.vlm.embed_text(text_ids))
         seen = torch.ones(state.shape[0], parts[0].shape[1] + 1, dtype=torch.bool, device=state.device)
         return torch.cat([part.to(parts[1].dtype) for part in parts], dim=1), torch.cat([seen, text_mask], dim=1)

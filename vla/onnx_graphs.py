@@ -1,6 +1,6 @@
 """A policy as three graphs: vision tower, prefix prefill (key/value cache out), action step (tokens or values and cache in).
 
-    vision    images [B, C, 3, h, w] -> image_tokens [B, C * P, width]
+    vision    images [B, C, 3, h, w] -> image_tokens [B, C * P, width], compressed if the policy does
     prefill   image_tokens, state [B, S], text_ids, text_mask [B, T] -> is_real [B, P'], keys.i, values.i [B, kv, P', d]
     step      of the head's kind, with is_real and the cache as further inputs:
       tokens    tokens [B, L] -> logits [B, L, V]
@@ -38,14 +38,14 @@ def policy_graphs(model: VLA, head: str) -> list[OnnxGraph]:
 
 
 class Vision(nn.Module):
-    """Tower, projector, camera and place."""
+    """Tower, projector, camera and place, compressor."""
 
     def __init__(self, model: VLA) -> None:
         super().__init__()
-        self.vlm = model.vlm
+        self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vlm.embed_images(images.to(next(self.vlm.projector.parameters()).dtype))
+        return self.model.embed_images(images.to(next(self.model.vlm.projector.parameters()).dtype))
 
 
 class Prefill(nn.Module):
@@ -128,7 +128,7 @@ def prefill_graph(model: VLA) -> OnnxGraph:
     text = torch.zeros(2, 3, dtype=torch.long)
     width, dtype = model.config.vlm.decoder.hidden_size, next(model.vlm.projector.parameters()).dtype
     inputs = {
-        "image_tokens": torch.zeros(2, model.vlm.num_image_tokens, width, dtype=dtype),
+        "image_tokens": torch.zeros(2, model.num_image_tokens, width, dtype=dtype),
         "state": torch.zeros(2, model.config.state_dim),
         "text_ids": text,
         "text_mask": torch.ones_like(text, dtype=torch.bool),
