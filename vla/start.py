@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.compressor import CompressorConfig
 from multimodal.images import ImageConfig
 from multimodal.pretrained.load import Published, fingerprint, load_published
 from multimodal.pretrained.prismatic import PRISMATIC, action_ids
@@ -94,6 +95,13 @@ def begin_on_vlm(path: Path, fresh: PolicyAssets, instructions: Sequence[str], t
     images = replace(fresh.images, mean=found.images.mean, std=found.images.std)  # the tower's range, whatever the crops
     assets = replace(fresh, model=model_config, text_tokenizer=found.tokenizer, images=images, provenance=provenance)
     return Start(assets, VLA(model_config, loaded.model), assets.save)
+
+
+def add_compressor(model: VLA, config: CompressorConfig) -> VLA:
+    """The policy with a fresh compressor before its prefix; every other weight is what it was."""
+    grown = VLA(replace(model.config, compressor=config), model.vlm)
+    grown.load_state_dict(grown.state_dict() | model.state_dict())
+    return grown
 
 
 def freeze(vlm: VLM, config: BackboneConfig) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from multimodal.compressor import KEEP_ALL, CompressorConfig
 from multimodal.config import get_preset
 from multimodal.decoder import count_parameters
 from multimodal.images import ImageConfig, prepare_images
@@ -30,7 +31,7 @@ from vla.interface import Observation, RobotSpec
 from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
 from vla.policy import PolicyAssets, TorchPolicy, load_model, load_policy
-from vla.start import Start, begin_on_published, begin_on_vlm
+from vla.start import Start, add_compressor, begin_on_published, begin_on_vlm
 from vla.transforms import clean_instruction
 from vla.unmasking import DecodeConfig
 
@@ -54,6 +55,7 @@ class ModelConfig:
     num_bins: int = DEFAULT_NUM_BINS  # per continuous action dimension, odd
     text_slack: int = 4  # instruction ids beyond the longest training instruction
     pretrained: str | None = None  # weights of the image tower, see VisionConfig
+    compressor: CompressorConfig = KEEP_ALL  # of each camera's tokens before the prefix: {mode: pool, pool_ratio: 4}; lossy
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ def assemble_assets(
         action_dim=spec.action_dim,
         num_action_ids=action_tokenizer.vocab_size,
         slots=HEADS[config.head.type].slots,
+        compressor=config.model.compressor,
     )
     return PolicyAssets(
         model, spec, state_statistics, action_tokenizer, text_tokenizer, config.images, config.head, config.decode, provenance
@@ -153,8 +156,9 @@ def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
 def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[str]) -> Start:
     """The policy in `start_from`, trained on whole with this run's head, decoding and crops; adapters are merged first.
 
-    fresh: what the data alone would give; instructions: the data's. Raises ValueError if the policy's robot, instructions or
-    slots are not the data's.
+    A policy without a compressor takes this run's, fresh; one that has its own keeps it. fresh: what the data alone would
+    give; instructions: the data's. Raises ValueError if the policy's robot, instructions or slots are not the data's, or if it
+    compresses otherwise than this run asks.
     """
     folder = Path(config.start_from).expanduser()
     found, weights = PolicyAssets.load(folder)
@@ -170,6 +174,13 @@ def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[
             f"{config.head.type} on {images.output_size}; heads over tokens and over steps, and other sizes, have "
             "different weights."
         )
+    own, asked = found.model.compressor, config.model.compressor
+    adds = asked.mode != "none" and asked != own
+    if adds and own.mode != "none":
+        raise ValueError(
+            f"--start_from compresses its images by {own}, this run asks for {asked}; leave out model.compressor to keep the "
+            "former, or start from a policy without one."
+        )
     unknown = [word for word in fresh.text_tokenizer.vocabulary if word not in found.text_tokenizer.vocabulary]
     if unknown and not is_published:  # a published tokenizer spells any word
         raise ValueError(f"--start_from has never read the words {unknown[:8]} of these instructions; train from scratch.")
@@ -183,6 +194,8 @@ def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[
     if "backbone" in found.provenance:
         provenance["backbone"] = found.provenance["backbone"]  # its licence binds what is trained on, too
     model = load_model(found, weights, folder).float()
+    if adds:
+        model, found = add_compressor(model, asked), replace(found, model=replace(found.model, compressor=asked))
     assets = replace(found, head=config.head, decode=config.decode, images=images, provenance=provenance, base=None)
     return Start(assets, model, assets.save)
 
