@@ -9,11 +9,15 @@ import yaml
 
 from sim.evaluate import EvaluateConfig
 from sim.policy_source import PolicySource
-from tests.benchmarks import bench_options, studies
+from tests.benchmarks import bench_options, bench_prefix, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
 from tests.benchmarks.bench_options import OPTIONS, arms_of
+from tests.benchmarks.bench_prefix import COMPRESSORS
 from tests.point_world import PointPolicy, build_point_world
 from tests.test_evaluate import CHECKPOINT, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
+from tests.tiny_policy import write_policy
+from vla.cli import parse_config
+from vla.model import VLAConfig
 from vla.train import TrainConfig
 from vla.unmasking import REMASK_RULES, DecodeConfig
 
@@ -54,6 +58,24 @@ def test_an_option_changes_one_section_of_the_base(tmp_path: Path):
     assert found[-1].settings == ("--policy.backbone.path=VLM",)
     names = [arm.name for arm in found]
     assert len(names) == len(set(names)) and "objective-hl_gauss" not in names and "mask_draws-2" not in names
+
+
+def test_a_prefix_arm_changes_the_compressor_alone_and_can_be_trained(tmp_path: Path):
+    base = {"model": {"preset": "desk-s", "compressor": {"mode": "conv", "conv_ratio": 2}}, "head": {"mask_draws": 2}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    options = argparse.Namespace(config=tmp_path / "base.yaml", compressors=list(COMPRESSORS))
+    found = bench_prefix.arms_of(options, tmp_path / "arms")
+    assert [arm.name for arm in found] == list(COMPRESSORS)
+    for arm in found:
+        config = parse_config(TrainConfig, [f"--config_path={arm.config}"])
+        unchanged = parse_config(TrainConfig, [f"--config_path={options.config}"])
+        assert replace(config, model=replace(config.model, compressor=unchanged.model.compressor)) == unchanged
+        given = COMPRESSORS[arm.name]
+        assert VLAConfig(compressor=config.model.compressor) and asdict(config.model.compressor).items() >= given.items()
+
+
+def test_visual_tokens_are_counted_before_and_after(tmp_path: Path):
+    assert bench_prefix.visual_tokens(write_policy(tmp_path / "policy")) == (8, 8)
 
 
 def test_every_option_is_a_setting_of_training(tmp_path: Path):
