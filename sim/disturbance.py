@@ -11,9 +11,10 @@ import numpy as np
 
 from sim.boxes import UP, separations
 from sim.environment import Environment, World
-from sim.experts.geometry import MAX_OPENING, angles_between, hand_at, overreach, rotation_about, unit
+from sim.experts.geometry import MAX_OPENING, angles_between, hand_at, overreach, unit
 from sim.experts.grasping import is_held
 from sim.experts.motion import CLOSE, OPEN, servo, solids, travel
+from vla.rotations import rotation_about
 
 START_STREAM, MISHAP_STREAM = 1, 2  # of an episode's seed; the placement and the noise have their own
 

@@ -69,3 +69,10 @@ def axis_angle_from_matrix(matrix: np.ndarray) -> np.ndarray:
     k[..., 3, 3] = trace
     quat_xyzw = np.linalg.eigh(k)[1][..., -1]  # eigenvalues ascend
     return axis_angle_from_quat_xyzw(np.where(quat_xyzw[..., 3:] < 0, -quat_xyzw, quat_xyzw))
+
+
+def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
+    """Matrix [3, 3] of a turn by `angle` rad about one unit axis [3], by Rodrigues' formula; exactly the identity at angle 0."""
+    x, y, z = axis
+    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
+    return np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross

@@ -12,13 +12,13 @@ from sim.experts.geometry import (
     hand_rotation,
     horizontal,
     ramp,
-    rotation_about,
     tilted,
     unit,
     wrist_at,
 )
 from sim.experts.grasping import choose_grasp, is_held, reach_and_grasp
 from sim.experts.motion import CLOSE, servo, solids, travel
+from vla.rotations import rotation_about
 
 PULL_TILTS = np.radians([45.0, 20.0, 0.0])  # below the horizontal, of a hand that takes a handle
 PUSH_TILTS = np.radians([40.0, 65.0, 85.0])  # below the horizontal, of a hand that pushes a drawer; the first with room

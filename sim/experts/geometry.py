@@ -56,13 +56,6 @@ def rotation_vector(rotation: np.ndarray) -> np.ndarray:
     return np.pi * unit(rotation[:, column] + np.eye(3)[column])
 
 
-def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
-    """Rotation matrix about a unit axis by an angle in rad (Rodrigues)."""
-    x, y, z = axis
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    return np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross
-
-
 def angles_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Angle in [0, pi] of the rotation between two matrices; broadcasts over leading axes, [..., 3, 3] -> [...]."""
     return np.arccos(np.clip(((first * second).sum(axis=(-2, -1)) - 1.0) / 2.0, -1.0, 1.0))

@@ -6,8 +6,9 @@ import numpy as np
 
 from sim.boxes import Boxes, free_fall
 from sim.environment import Body, World
-from sim.experts.geometry import DOWN, MAX_OPENING, hand_at, hand_rotation, horizontal, ramp, rotation_about
+from sim.experts.geometry import DOWN, MAX_OPENING, hand_at, hand_rotation, horizontal, ramp
 from sim.experts.motion import CLOSE, OPEN, servo, solids, travel
+from vla.rotations import rotation_about
 
 TOUCH = 0.004  # m, an object this near to what is below it is let go
 DEEP = 0.5  # m, a drop beyond which all drops are alike: above nothing it is endless

@@ -6,8 +6,9 @@ import numpy as np
 
 from sim.boxes import UP, Boxes, separations
 from sim.environment import Body, Region, World
-from sim.experts.geometry import HOME_ROTATION, overreach, rotation_about
+from sim.experts.geometry import HOME_ROTATION, overreach
 from sim.experts.placing import Place
+from vla.rotations import rotation_about
 
 GRID = np.stack(np.meshgrid(*[np.linspace(-1.0, 1.0, 5)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
 BORDER = 0.02  # m, from the border of a region to where the origin of an object that stands on it may be

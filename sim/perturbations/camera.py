@@ -3,9 +3,10 @@
 import numpy as np
 
 from sim.environment import Environment
-from sim.perturbations.effect import Effect, ModelChanges, arm_of, rotation_about, unit_vector
+from sim.perturbations.effect import Effect, ModelChanges, arm_of, unit_vector
 from sim.perturbations.views import refresh_views
 from sim.suites import CAMERA_NAMES
+from vla.rotations import rotation_about
 
 TURN_SHARE = 0.3  # of the orbit's angle, by which the camera also turns about an axis of its own
 

@@ -77,10 +77,3 @@ def unit_vector(generator: np.random.Generator) -> np.ndarray:
     """Uniform on the sphere. [3]"""
     vector = generator.standard_normal(3)
     return vector / np.linalg.norm(vector)
-
-
-def rotation_about(axis: np.ndarray, angle: float) -> np.ndarray:
-    """Rotation by `angle` rad about a unit `axis` [3], by Rodrigues' formula; exactly the identity at angle 0. [3, 3]"""
-    x, y, z = axis
-    cross = np.array([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]])
-    return np.eye(3) + np.sin(angle) * cross + (1.0 - np.cos(angle)) * cross @ cross

@@ -3,8 +3,9 @@
 import numpy as np
 
 from sim.environment import Environment
-from sim.perturbations.effect import Effect, ModelChanges, arm_of, rotation_about, unit_vector
+from sim.perturbations.effect import Effect, ModelChanges, arm_of, unit_vector
 from sim.perturbations.views import refresh_views
+from vla.rotations import rotation_about
 
 TINT = 0.25  # of the magnitude: standard deviation of each colour channel's own factor
 TURN = np.radians(40.0)  # of the magnitude: how far a lamp's direction turns
