@@ -5,10 +5,16 @@ Loss of a supervised position (EAGLE, arXiv 2401.15077; online teacher: SpecVLM,
 the target's law + 1.0 * Smooth L1 to its feature. At inference the second drafted token stands on the draft's own estimate of a
 feature, so the loss is rolled out: step s reads the features that step s - 1 estimated, weighted 0.8^(s - 1) (the training-time
 test of EAGLE-3, arXiv 2503.01840). Features of the first step carry uniform noise, as in EAGLE.
+
+Noise and Smooth L1 have a scale of their own, and the recipe's is that of features of order one. The final norm of a VLM of
+ours starts at 0.11 (multimodal.train_vlm.build_vlm): there the noise would drown the feature, and Smooth L1 vanish beside the
+cross-entropy. So both are in units of the features' rms over the batch, which is a function of batch and target alone:
+nothing to store, and a resumed run measures the same.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -40,7 +46,7 @@ class DistillationConfig:
     feature_weight: float = 1.0  # of the Smooth L1
     rollout: int = 3  # drafted tokens deep, 1 .. 3 pay
     rollout_decay: float = 0.8
-    feature_noise: float = 0.2  # uniform in +- half of this * 512 / length
+    feature_noise: float = 0.2  # uniform in +- half of this * 512 / length * the features' rms
     gate_share: float = 0.5  # of batches in which the gate picks; the others train one branch drawn at random
 
     def __post_init__(self) -> None:
@@ -57,6 +63,12 @@ class Lesson:
     embeddings: Tensor  # [B, T, width]
     features: Tensor  # [B, T, width]
     images: list[Tensor]  # of each dialogue [N, P, width], place marked
+
+    @cached_property
+    def unit(self) -> float:
+        """Root mean square of the features, padding left out."""
+        known = torch.cat([row[: len(ids)] for row, ids in zip(self.features, self.ids, strict=True)])
+        return float(known.double().square().mean().sqrt())
 
 
 class Teacher:
@@ -110,12 +122,12 @@ class DistillationLoss:
         lesson = self.teacher(batch)
         entries = self._entries(model, lesson, generator)
         steps = self._rollout(model, entries)
-        weight = model.head_weight(vlm)
-        scale = vlm.config.logit_scale
+        weight, unit = model.head_weight(vlm), lesson.unit
+        scale = vlm.config.logit_scale * unit  # logits are scale * weight @ (feature / unit)
         loss, metrics = torch.zeros((), device=weight.device), {}
         for step, (estimated, valid) in enumerate(zip(steps, entries.supervised(config.rollout), strict=True)):
             loss = loss + config.rollout_decay**step * linear_distillation(
-                estimated.to(weight.dtype), weight, entries.features, weight, divergence="soft_cross_entropy",
+                estimated.to(weight.dtype) / unit, weight, entries.features / unit, weight, divergence="soft_cross_entropy",
                 temperature=1 / scale, divergence_weight=config.soft_weight * scale**2,  # the kernel multiplies by T^2
                 feature_weight=config.feature_weight, valid=valid, reduction="sum",
             )  # fmt: skip
@@ -133,7 +145,7 @@ class DistillationLoss:
         for row, ids in enumerate(lesson.ids):
             known = lesson.features[row, : len(ids)]
             noise = torch.rand(known.shape, generator=generator, device=generator.device).to(known) - 0.5
-            noisy = known + noise * (self.config.feature_noise * 512 / len(ids))
+            noisy = known + noise * (self.config.feature_noise * 512 / len(ids) * lesson.unit)
             rows.append(prompt_entries(model, ids, lesson.embeddings[row, : len(ids)], noisy, compressed[row]))
         longest = max(len(row.inputs) for row in rows)
         positions = torch.stack([_padded(row.positions, longest) for row in rows])

@@ -62,6 +62,7 @@ class DraftModel(nn.Module):
         self.fuse = nn.Linear(2 * width, width)
         initialise(self.fuse)
         self.decoder = Decoder(decoder)
+        self.decoder.norm.load_state_dict(target.decoder.norm.state_dict())  # estimates begin at the features' own scale
         self.compressor = VisualCompressor(config.compressor, width, target.tokens_per_image)
         ids = range(config.head_size or vocab_size) if head_ids is None else sorted(head_ids)
         size = config.head_size or vocab_size

@@ -2,6 +2,7 @@
 answer.
 """
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,7 @@ from serve.drafters import DraftLimits
 from serve.eagle_drafter import EagleDrafter
 from serve.engine import Engine, EngineConfig
 from serve.request import Request
-from serve.target import cast
+from serve.target import Target, cast
 from serve.tree import TreeBuilder
 from tests.tiny_vlm import VOCAB, naive, request, target
 
@@ -198,13 +199,58 @@ def test_the_draft_is_the_one_decoder_and_its_config_survives_its_dictionary():
     assert DraftModelConfig.from_dict(config.to_dict()) == config
 
 
+def rescaled(factor: float) -> Target:
+    """The target with features `factor` times as large and the same logits."""
+    vlm = copy.deepcopy(target().vlm)
+    vlm.decoder.norm.weight.data.mul_(factor)
+    vlm.config = replace(vlm.config, logit_scale=vlm.config.logit_scale / factor)
+    return replace(target(), vlm=vlm)
+
+
+def first_loss(model: Target) -> tuple[float, list[float]]:
+    """Loss and gradients' sizes of a fresh draft."""
+    torch.manual_seed(0)
+    draft = cast(DraftModel(DraftModelConfig(compressor=CompressorConfig(mode="pool", pool_ratio=4.0)), model.vlm), torch.float64)
+    loss = DistillationLoss(Teacher(model), DistillationConfig())
+    terms = loss(draft, [dialogue(index)[0] for index in (3, 4, 8)], torch.Generator().manual_seed(0))
+    terms.loss_sum.backward()
+    return float(terms.loss_sum.detach()), [float(part.weight.grad.norm()) for part in (draft.fuse, draft.decoder.blocks[0].mlp.down)]
+
+
+@pytest.mark.parametrize("factor", [0.05, 20.0])
+def test_the_loss_does_not_depend_on_the_scale_of_features(factor):
+    loss, gradients = first_loss(rescaled(1.0))
+    scaled_loss, scaled_gradients = first_loss(rescaled(factor))
+    assert scaled_loss == pytest.approx(loss, rel=1e-3)  # the norms' eps is no part of the scale
+    assert scaled_gradients == pytest.approx(gradients, rel=1e-3)
+
+
+@pytest.mark.parametrize("factor", [0.1, 5.0])
+def test_a_draft_begins_at_the_scale_of_its_target_and_so_does_the_noise(factor, monkeypatch):
+    model, taught = rescaled(factor), dialogue(4)[0]
+    draft = cast(DraftModel(DraftModelConfig(compressor=CompressorConfig(mode="text_only")), model.vlm), torch.float64)
+    lesson = Teacher(model)([taught])
+    rms = float(lesson.features.square().mean().sqrt())
+    features, enter = [], draft.enter
+    monkeypatch.setattr(draft, "enter", lambda embeddings, before: features.append(before) or enter(embeddings, before))
+    for amount in (0.0, 0.2):
+        loss = DistillationLoss(Teacher(model), DistillationConfig(rollout=1, feature_noise=amount))
+        with torch.no_grad():
+            entries = loss._entries(draft, lesson, torch.Generator().manual_seed(0))
+    noise, largest = features[1] - features[0], 0.1 * 512 / len(lesson.ids[0]) * rms
+    assert 0.95 * largest < float(noise.abs().max()) <= largest
+    with torch.no_grad():
+        (estimated,) = loss._rollout(draft, entries)
+    assert float(estimated.square().mean().sqrt()) == pytest.approx(rms, rel=0.1)
+
+
 @pytest.mark.parametrize("mode", ["select", "weighted", "concat"])
 def test_distillation_teaches(mode):
     """The loss falls, every part is trained, and what was learnt is accepted more often."""
     torch.manual_seed(0)
     dialogues = [dialogue(index, 16)[0] for index in range(6)]
     draft = build_draft(mode=mode, dtype=torch.float32)
-    teacher = Teacher(replace(target(1), vlm=cast(_copy(target().vlm), torch.float32)))
+    teacher = Teacher(replace(target(1), vlm=cast(copy.deepcopy(target().vlm), torch.float32)))
     loss_step = DistillationLoss(teacher, DistillationConfig(rollout=2))
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-2)
     losses, generator = [], torch.Generator().manual_seed(0)
@@ -223,9 +269,3 @@ def test_distillation_teaches(mode):
     before, after = build(build_draft(mode=mode)), build(cast(draft, torch.float64))
     assert answers(before, asked) == answers(after, asked)
     assert after.stats().tokens_per_round > before.stats().tokens_per_round + 0.5
-
-
-def _copy(vlm):
-    import copy
-
-    return copy.deepcopy(vlm)
