@@ -9,7 +9,7 @@ that quotient:
   rate * dv/dN;
 - before verifying, M is the maximiser over the trees at hand;
 - after verifying, a request whose drafted rounds bring fewer tokens than plain ones would in that time stops drafting, and
-  probes again after a pause that doubles each time.
+  probes again after a pause that doubles each time. A round in which no level ran for a request says nothing about it.
 
 The paper's cost model holds v constant, which is true of small batches on a GPU and false on a CPU.
 """
@@ -27,16 +27,35 @@ from serve.tree import DraftTree
 
 
 @dataclass(frozen=True)
+class Drafting:
+    """What the drafter did in a round, before anything was trimmed."""
+
+    levels: Mapping[int, int] = field(default_factory=dict)  # id of each request that was asked for -> levels run for it
+    read_seconds: float = 0.0  # see serve.drafters.Proposal
+
+    @property
+    def num_levels(self) -> int:
+        """Requests share their levels."""
+        return max(self.levels.values(), default=0)
+
+    @property
+    def num_requests(self) -> int:
+        """Requests for which a level ran."""
+        return sum(count > 0 for count in self.levels.values())
+
+
+@dataclass(frozen=True)
 class Round:
-    """What a round verified and what came of it, request by request."""
+    """What a round verified and what came of it, request by request. Seconds leave out what the drafter read."""
 
     ids: tuple[int, ...]
     trees: tuple[DraftTree, ...]
+    paths: tuple[tuple[int, ...], ...]  # nodes accepted, root first
     accepted: tuple[int, ...]  # drafted tokens accepted
+    drafting: Drafting
     draft_seconds: float
     verify_seconds: float
     seconds: float  # of the whole round
-    paths: tuple[tuple[int, ...], ...] = ()  # nodes accepted, root first
 
     @property
     def num_rows(self) -> int:
@@ -49,7 +68,7 @@ class Controller(Protocol):
 
     def plan(self, generations: Sequence[Generation]) -> list[DraftLimits]: ...
 
-    def trim(self, trees: Sequence[DraftTree]) -> list[DraftTree]: ...
+    def trim(self, trees: Sequence[DraftTree], drafting: Drafting) -> list[DraftTree]: ...
 
     def observe(self, outcome: Round) -> None: ...
 
@@ -65,7 +84,7 @@ class FixedController:
     def plan(self, generations: Sequence[Generation]) -> list[DraftLimits]:
         return [self.limits] * len(generations)
 
-    def trim(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
+    def trim(self, trees: Sequence[DraftTree], drafting: Drafting) -> list[DraftTree]:
         return list(trees)
 
     def observe(self, outcome: Round) -> None:
@@ -183,8 +202,6 @@ class AdaptiveController:
     draft_scale: float = 1.0
     _standing: dict[int, _Standing] = field(default_factory=dict)
     _rate: float = 0.0  # tokens a second of recent rounds
-    _asked: set[int] = field(default_factory=set)  # requests that the last plan let draft
-    _levels: int = 0  # of the drafting in this round, before trimming
 
     def plan(self, generations: Sequence[Generation]) -> list[DraftLimits]:
         count = len(generations)
@@ -192,14 +209,12 @@ class AdaptiveController:
         rate = max(self._rate, count / self.plain_seconds(count))
         row = self.target_scale * self.target.slope(count)
         level = self.draft_scale * self.draft(count * self.config.width)
-        self._asked, self._levels = set(), 0
         for generation in generations:
             standing = self._standing.setdefault(generation.id, _Standing(next_pause=self.config.first_pause))
             if standing.pause > 0:
                 standing.pause -= 1
                 limits.append(DraftLimits(0, 0, 0))
                 continue
-            self._asked.add(generation.id)
             keep = self.calibration.score_for(min(1.0, rate * row))
             expand = self.calibration.score_for(min(1.0, rate * (row + level / count)))
             if standing.probing or standing.rounds < self.config.warmup:  # evidence first
@@ -207,12 +222,11 @@ class AdaptiveController:
             limits.append(DraftLimits(self.config.max_nodes, self.config.max_depth, self.config.width, keep, expand))
         return limits
 
-    def trim(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        self._levels = max(max(tree.depths) for tree in trees)
-        best = self.best_size(trees)
+    def trim(self, trees: Sequence[DraftTree], drafting: Drafting) -> list[DraftTree]:
+        best = self.best_size(trees, drafting)
         return [tree.best(best) for tree in trees]
 
-    def best_size(self, trees: Sequence[DraftTree]) -> int:
+    def best_size(self, trees: Sequence[DraftTree], drafting: Drafting) -> int:
         """Drafted nodes per tree that maximise expected tokens per second, what the drafting cost being spent."""
         count, largest = len(trees), max(tree.num_drafted for tree in trees)
         gains = np.zeros(largest + 1)
@@ -221,7 +235,7 @@ class AdaptiveController:
                 probabilities = np.sort(self.calibration.probability(tree.scores[1:]))[::-1]
                 gains[1 : len(probabilities) + 1] += probabilities
         tokens = count + np.cumsum(gains)
-        spent = self.draft_seconds(trees) + self.overhead
+        spent = self.draft_scale * self.draft_seconds(drafting) + self.overhead
         seconds = [spent + self.target_scale * self.target(count * (size + 1)) for size in range(largest + 1)]
         return int(np.argmax(tokens / seconds))
 
@@ -229,23 +243,22 @@ class AdaptiveController:
         """Predicted seconds of a round without drafts."""
         return self.target_scale * self.target(count) + self.overhead
 
-    def round_seconds(self, trees: Sequence[DraftTree]) -> float:
-        """Predicted seconds of a round with these trees."""
-        rows = len(trees) * max(len(tree.tokens) for tree in trees)
-        return self.draft_seconds(trees) + self.target_scale * self.target(rows) + self.overhead
+    def draft_seconds(self, drafting: Drafting) -> float:
+        """Of the draft's levels, by the table; `draft_scale` corrects it."""
+        return drafting.num_levels * self.draft(drafting.num_requests * self.config.width)
 
     def observe(self, outcome: Round) -> None:
         memory, count = self.config.memory, len(outcome.ids)
         tokens = count + sum(outcome.accepted)
         self.target_scale += 0.05 * (_bounded(outcome.verify_seconds / self.target(outcome.num_rows)) - self.target_scale)
         self._rate += memory * (tokens / outcome.seconds - self._rate)
-        if not self._asked:
+        drafting = outcome.drafting
+        if drafting.num_levels == 0:
             return
-        predicted = max(1, self._levels) * self.draft(len(self._asked) * self.config.width)
-        self.draft_scale += 0.05 * (_bounded(outcome.draft_seconds / predicted) - self.draft_scale)
+        self.draft_scale += 0.05 * (_bounded(outcome.draft_seconds / self.draft_seconds(drafting)) - self.draft_scale)
         slower = outcome.seconds / self.plain_seconds(count)
         for request_id, tree, accepted, path in zip(outcome.ids, outcome.trees, outcome.accepted, outcome.paths, strict=True):
-            if request_id in self._asked:
+            if drafting.levels.get(request_id, 0):
                 nodes = set(path)
                 self.calibration.learn(tree.scores[1:], [node in nodes for node in range(1, len(tree.tokens))])
                 if request_id in self._standing:  # not ended by this round
@@ -253,12 +266,6 @@ class AdaptiveController:
 
     def release(self, request_id: int) -> None:
         self._standing.pop(request_id, None)
-
-    def draft_seconds(self, trees: Sequence[DraftTree]) -> float:
-        """Predicted seconds of drafting these trees, untrimmed."""
-        levels = max(max(tree.depths) for tree in trees)
-        drafting = sum(tree.num_drafted > 0 for tree in trees)
-        return self.draft_scale * levels * self.draft(max(1, drafting * self.config.width))
 
     def _judge(self, standing: _Standing, gain: float) -> None:
         """One more drafted round of a request, worth `gain` plain rounds."""

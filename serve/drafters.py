@@ -32,6 +32,15 @@ class DraftLimits:
         return replace(self, max_nodes=min(self.max_nodes, max_nodes), max_depth=min(self.max_depth, max_depth))
 
 
+@dataclass(frozen=True)
+class Proposal:
+    """What some requests' drafting gave and cost, request by request."""
+
+    trees: list[DraftTree]  # rooted at each request's last token
+    levels: list[int]  # that ran for it, whatever the tree keeps of them; 0: there was nothing to begin with
+    read_seconds: float = 0.0  # reading prompts and answers missed while paused: paid once, by no round in particular
+
+
 class Drafter(Protocol):
     """`begin` and `end` frame a request; `observe` follows each of the target's passes; `propose` guesses."""
 
@@ -45,8 +54,7 @@ class Drafter(Protocol):
         Their tokens, and by the next `propose` their successors, are in generation.tokens.
         """
 
-    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
-        """A tree for each request, rooted at its last token."""
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> Proposal: ...
 
     def end(self, generation: Generation) -> None: ...
 
@@ -65,9 +73,9 @@ class Stateless:
     def end(self, generation: Generation) -> None:
         pass
 
-    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
-        pairs = zip(generations, limits, strict=True)
-        return [self.tree(generation, limit) for generation, limit in pairs]
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> Proposal:
+        trees = [self.tree(generation, limit) for generation, limit in zip(generations, limits, strict=True)]
+        return Proposal(trees, [int(tree.num_drafted > 0) for tree in trees])
 
     def tree(self, generation: Generation, limits: DraftLimits) -> DraftTree:
         raise NotImplementedError

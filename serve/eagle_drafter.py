@@ -21,7 +21,7 @@ from multimodal.sampling import gumbel_noise
 from multimodal.slot_cache import SlotCache
 from multimodal.vlm import VLM
 from serve.draft_model import DraftModel, prompt_entries
-from serve.drafters import DraftLimits
+from serve.drafters import DraftLimits, Proposal
 from serve.generation import Generation
 from serve.image_cache import ImageCache
 from serve.tree import DraftTree, TreeBuilder
@@ -71,7 +71,6 @@ class EagleDrafter:
         self._states: dict[int, _State] = {}
         self.branches: dict[str, int] = {}  # compressor branch -> images
         self.visual_tokens = [0, 0]  # before and after the compressor
-        self.prompt_seconds = 0.0  # spent on reading prompts
 
     def begin(self, generation: Generation, images: ImageCache) -> None:
         self.cache.lengths[generation.slot] = 0
@@ -87,10 +86,8 @@ class EagleDrafter:
         del self._states[generation.id]
 
     @torch.inference_mode()
-    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
-        for generation in generations:
-            if self._states[generation.id].num_read == 0:
-                self._read_prompt(generation)
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> Proposal:
+        read_seconds = sum(self._read_missed(generation) for generation in generations)
         hidden = self._catch_up(generations)
         builders = [TreeBuilder(generation.last_token) for generation in generations]
         grow = _Growth(self, generations, limits, builders)
@@ -98,7 +95,8 @@ class EagleDrafter:
         for level in range(1, max(limit.max_depth for limit in limits)):
             if not grow.level(level):
                 break
-        return [builder.build(limit.max_nodes, limit.least_score) for builder, limit in zip(builders, limits, strict=True)]
+        trees = [builder.build(limit.max_nodes, limit.least_score) for builder, limit in zip(builders, limits, strict=True)]
+        return Proposal(trees, grow.levels, read_seconds)
 
     @torch.inference_mode()
     def time_level(self, rows: int, past: int) -> float:
@@ -134,8 +132,21 @@ class EagleDrafter:
         ids = columns if self.model.has_full_head else self.model.head_ids[columns]
         return scores.tolist(), ids.tolist()
 
-    def _read_prompt(self, generation: Generation) -> None:
+    def _read_missed(self, generation: Generation) -> float:
+        """Read the prompt, and an answer up to what `_catch_up` reads; the seconds of it."""
+        state = self._states[generation.id]
+        if state.num_read and generation.num_tokens - state.num_read <= _CATCH_UP:
+            return 0.0
         started = time.perf_counter()
+        if state.num_read == 0:
+            self._read_prompt(generation)
+        while (missed := generation.num_tokens - state.num_read) > _CATCH_UP:
+            self._read_answer([generation], [min(missed - _CATCH_UP, self.chunk)])
+        if self.device.type == "cuda":  # queued there is not read
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter() - started
+
+    def _read_prompt(self, generation: Generation) -> None:
         state, ids = self._states[generation.id], generation.prompt
         features = state.take(0, len(ids))
         compressed = self._compress(generation, features[-1])
@@ -150,7 +161,6 @@ class EagleDrafter:
             self.cache.commit(generation.slot, range(count))
         state.num_read = len(ids)
         state.forget(len(ids) - 1)
-        self.prompt_seconds += time.perf_counter() - started
 
     def _compress(self, generation: Generation, question: Tensor) -> Compressed | None:
         """The request's images as the draft sees them; None if one is no longer in the cache: then it drafts on text alone."""
@@ -167,12 +177,8 @@ class EagleDrafter:
         return compressed
 
     def _catch_up(self, generations: Sequence[Generation]) -> Tensor:
-        """Read the tokens since the last proposal, at least one each; the estimated feature [R, width] after the last."""
-        states = [self._states[generation.id] for generation in generations]
-        for generation, state in zip(generations, states, strict=True):
-            while (missed := generation.num_tokens - state.num_read) > _CATCH_UP:
-                self._read_answer([generation], [min(missed - _CATCH_UP, self.chunk)])
-        counts = [generation.num_tokens - state.num_read for generation, state in zip(generations, states, strict=True)]
+        """Read the last tokens, at least one each; the estimated feature [R, width] after the last."""
+        counts = [generation.num_tokens - self._states[generation.id].num_read for generation in generations]
         hidden = self._read_answer(generations, counts)
         return hidden[torch.arange(len(counts)), torch.tensor(counts) - 1]
 
@@ -219,14 +225,15 @@ class _Growth:
         # Of each request: candidate -> keys, behind the slot's length, of its path, itself included.
         self.ancestors: list[dict[int, list[int]]] = [{0: []} for _ in generations]
         self.num_keys = 0  # behind each slot's length
-        self._depth = 0  # levels of children so far
+        self.levels = [0] * len(builders)  # of children so far, per request
 
     def children(self, nodes: list[list[int]], hidden: Tensor) -> None:
         """Continue `nodes` (per request) by what follows from their estimated features [R, W, width]; pick the next frontier."""
-        drafter, depth = self.drafter, self._depth
+        drafter, depth = self.drafter, max(self.levels)
         widest = max(limit.width for limit in self.limits)
         scores, ids = drafter._ranked(hidden, self.generations, depth, widest)
         frontiers, parents = [], []
+        self.levels = [count + (len(of_request) > 0) for count, of_request in zip(self.levels, nodes, strict=True)]
         for row, (builder, limit) in enumerate(zip(self.builders, self.limits, strict=True)):
             added: list[int] = []
             origin: dict[int, int] = {}
@@ -243,7 +250,6 @@ class _Growth:
         if width:
             index = torch.tensor([row + [0] * (width - len(row)) for row in parents], device=hidden.device)
             self.parents = hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
-        self._depth += 1
 
     def level(self, depth: int) -> bool:
         """Run the frontier, nodes `depth` places after the root, and add its children; False if there is none (or no room)."""

@@ -17,7 +17,7 @@ from multimodal.sampling import choose
 from multimodal.vlm import image_runs
 from multimodal.vlm_folder import most_images
 from serve.answer_text import AnswerText
-from serve.controller import Controller, FixedController, Round
+from serve.controller import Controller, Drafting, FixedController, Round
 from serve.drafters import Drafter, DraftLimits
 from serve.errors import InvalidRequest, QueueFull
 from serve.generation import Clock, Generation
@@ -237,11 +237,11 @@ class Engine:
     def _decode(self, generations: list[Generation]) -> list[Event]:
         """Draft, verify and commit for all of them in one pass of the target."""
         started = time.perf_counter()
-        trees = self._draft(generations)
+        trees, drafting = self._draft(generations)
         drafted = time.perf_counter()
         verified = self.runner.verify([generation.slot for generation in generations], trees)
         best = verified.best()
-        seconds = (drafted - started, time.perf_counter() - drafted)
+        verify_seconds = time.perf_counter() - drafted
         accepted: list[Acceptance] = []
         events: list[Event] = []
         for row, (generation, tree) in enumerate(zip(generations, trees, strict=True)):
@@ -255,31 +255,35 @@ class Engine:
             if generation.reason is None and self._wants_features(generation):
                 self.drafter.observe(generation, start, verified.hidden[row, path])
         outcome = Round(
-            tuple(generation.id for generation in generations),
-            tuple(trees),
-            tuple(acceptance.num_accepted for acceptance in accepted),
-            *seconds,
-            time.perf_counter() - started,
-            tuple(acceptance.path for acceptance in accepted),
+            ids=tuple(generation.id for generation in generations),
+            trees=tuple(trees),
+            paths=tuple(acceptance.path for acceptance in accepted),
+            accepted=tuple(acceptance.num_accepted for acceptance in accepted),
+            drafting=drafting,
+            draft_seconds=drafted - started - drafting.read_seconds,
+            verify_seconds=verify_seconds,
+            seconds=time.perf_counter() - started - drafting.read_seconds,
         )
         self.controller.observe(outcome)
         self._stats.count_round(outcome)
         return events
 
-    def _draft(self, generations: list[Generation]) -> list[DraftTree]:
-        """A tree for each: drafted where the controller, the request and what is left of its answer allow it."""
+    def _draft(self, generations: list[Generation]) -> tuple[list[DraftTree], Drafting]:
+        """A tree for each, drafted where controller, request and what is left of the answer allow it; and what it cost."""
         trees = [root_only(generation.last_token) for generation in generations]
         if self.drafter is None:
-            return trees
+            return trees, Drafting()
         planned = self.controller.plan(generations)
         limits = [self._capped(generation, limit) for generation, limit in zip(generations, planned, strict=True)]
         rows = [row for row, limit in enumerate(limits) if limit.allow_any]
-        if rows:
-            proposed = self.drafter.propose([generations[row] for row in rows], [limits[row] for row in rows])
-            for row, tree in zip(rows, proposed, strict=True):
-                trees[row] = tree.best(limits[row].max_nodes)
-            trees = self.controller.trim(trees)
-        return trees
+        if not rows:
+            return trees, Drafting()
+        proposal = self.drafter.propose([generations[row] for row in rows], [limits[row] for row in rows])
+        for row, tree in zip(rows, proposal.trees, strict=True):
+            trees[row] = tree.best(limits[row].max_nodes)
+        levels = {generations[row].id: count for row, count in zip(rows, proposal.levels, strict=True)}
+        drafting = Drafting(levels, proposal.read_seconds)
+        return self.controller.trim(trees, drafting), drafting
 
     def _capped(self, generation: Generation, limits: DraftLimits) -> DraftLimits:
         """A round emits one token more than it accepts, so a path needs no more than the tokens left, less one."""

@@ -27,6 +27,7 @@ class EngineStats:
     kv_tokens_used: int
     kv_tokens_capacity: int
     draft_seconds: float
+    draft_read_seconds: float  # the draft's reading of prompts, and of what it missed while drafting paused
     verify_seconds: float
     prefill_seconds: float  # images, prompts, first tokens
     overhead_seconds: float  # of `step`, what is none of the above
@@ -44,13 +45,14 @@ class StatsKeeper:
         self.prompt_tokens = self.generation_tokens = self.rounds = 0
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
         self.per_position = [0] * max_depth
-        self.draft_seconds = self.verify_seconds = self.prefill_seconds = self.total_seconds = 0.0
+        self.draft_seconds = self.draft_read_seconds = self.verify_seconds = self.prefill_seconds = self.total_seconds = 0.0
         self.finished: Counter[str] = Counter()
         self._mean_seconds = 1.0  # of a request in its slot, recent ones weighing more
 
     def count_round(self, outcome: Round) -> None:
         self.rounds += 1
         self.draft_seconds += outcome.draft_seconds
+        self.draft_read_seconds += outcome.drafting.read_seconds
         self.verify_seconds += outcome.verify_seconds
         for tree, accepted in zip(outcome.trees, outcome.accepted, strict=True):
             if tree.num_drafted:
@@ -74,7 +76,7 @@ class StatsKeeper:
         self, *, running: int, waiting: int, kv_tokens_used: int, kv_tokens_capacity: int, image_cache: ImageCache
     ) -> EngineStats:
         deepest = max((index + 1 for index, count in enumerate(self.per_position) if count), default=0)
-        spent = self.draft_seconds + self.verify_seconds + self.prefill_seconds
+        spent = self.draft_seconds + self.draft_read_seconds + self.verify_seconds + self.prefill_seconds
         return EngineStats(
             num_requests_finished=dict(self.finished),
             num_requests_running=running,
@@ -91,6 +93,7 @@ class StatsKeeper:
             kv_tokens_used=kv_tokens_used,
             kv_tokens_capacity=kv_tokens_capacity,
             draft_seconds=self.draft_seconds,
+            draft_read_seconds=self.draft_read_seconds,
             verify_seconds=self.verify_seconds,
             prefill_seconds=self.prefill_seconds,
             overhead_seconds=max(0.0, self.total_seconds - spent),

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from serve.drafters import Drafter, DraftLimits, Stateless
+from serve.drafters import Drafter, DraftLimits, Proposal, Stateless
 from serve.eagle_drafter import EagleDrafter
 from serve.generation import Generation
 from serve.image_cache import ImageCache
@@ -65,7 +65,7 @@ class Fickle:
             if drafter.needs_features:
                 drafter.observe(generation, start, features)
 
-    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> Proposal:
         return self.drafters[self._random.integers(len(self.drafters))].propose(generations, limits)
 
     def end(self, generation: Generation) -> None:
@@ -76,7 +76,7 @@ class Fickle:
 class SwappedCompressor(EagleDrafter):
     """Every round another branch of its compressor, or another random gate."""
 
-    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> list[DraftTree]:
+    def propose(self, generations: Sequence[Generation], limits: Sequence[DraftLimits]) -> Proposal:
         compressor, random = self.model.compressor, np.random.default_rng([g.num_tokens for g in generations])
         self.branch = [None, *compressor.branches][random.integers(len(compressor.branches) + 1)]
         for weight in compressor.gate.parameters():

@@ -5,7 +5,7 @@ changing answers.
 import numpy as np
 import pytest
 
-from serve.controller import AdaptiveConfig, AdaptiveController, Calibration, CostTable, Round
+from serve.controller import AdaptiveConfig, AdaptiveController, Calibration, CostTable, Drafting, Round
 from serve.costs import build_controller, measure_target
 from serve.drafters import OracleDrafter, RandomDrafter
 from serve.engine import Engine, EngineConfig
@@ -33,22 +33,23 @@ def simulate(controller: AdaptiveController, chance, rounds: int, count: int = 1
     asked = [Asked(index) for index in range(count)]
     for number in range(rounds):
         limits = controller.plan(asked)
-        trees, levels = [], 0
+        trees, levels = [], {}
         for limit in limits:
             score = np.log(max(chance(number), 1e-6))
             depth = 0
             while depth < limit.max_depth and (depth == 0 or depth * score >= limit.expand_score):
                 depth += 1
             depth = depth if limit.allow_any else 0
-            levels = max(levels, depth)
+            levels |= {len(trees): depth} if depth else {}
             trees.append(chain(0, [1] * depth, [score] * depth).best(limit.max_nodes) if depth else root_only(0))
-        trees = controller.trim(trees) if levels else trees
+        drafting = Drafting(levels)
+        trees = controller.trim(trees, drafting) if levels else trees
         accepted = [int(np.cumprod(random.random(tree.num_drafted) < chance(number)).sum()) for tree in trees]
         rows = count * max(len(tree.tokens) for tree in trees)
-        spent = levels * DRAFT(count * 3), TARGET(rows)
+        spent = drafting.num_levels * DRAFT(count * 3), TARGET(rows)
         paths = tuple(tuple(range(size + 1)) for size in accepted)
         total = sum(spent) + 0.5e-3
-        controller.observe(Round(tuple(range(count)), tuple(trees), tuple(accepted), *spent, total, paths))
+        controller.observe(Round(tuple(range(count)), tuple(trees), paths, tuple(accepted), drafting, *spent, total))
         nodes.append(sum(tree.num_drafted for tree in trees))
         seconds, tokens = seconds + total, tokens + count + sum(accepted)
     return nodes, seconds / tokens
@@ -70,10 +71,11 @@ def test_the_size_of_a_round_is_the_brute_force_maximum():
             cut = [tree.best(size) for tree in trees]
             expected = sum(1 + controller.calibration.probability(tree.scores[1:]).sum() for tree in cut)
             rows = len(cut) * (size + 1)
-            return expected / (controller.draft_seconds(trees) + TARGET(rows) + 0.5e-3)
+            return expected / (controller.draft_seconds(drafting) + TARGET(rows) + 0.5e-3)
 
+        drafting = Drafting({index: int(random.integers(0, 6)) for index in range(len(trees))})
         rates = [rate(size) for size in range(max(tree.num_drafted for tree in trees) + 1)]
-        assert rates[controller.best_size(trees)] == pytest.approx(max(rates))
+        assert rates[controller.best_size(trees, drafting)] == pytest.approx(max(rates))
 
 
 def test_what_does_not_pay_is_switched_off_and_probed_rarely():
@@ -98,6 +100,42 @@ def test_more_requests_share_the_flat_zone():
     alone, _ = simulate(build(), lambda number: 0.7, 300)
     eight, _ = simulate(build(), lambda number: 0.7, 300, count=8)
     assert np.mean(eight[50:]) / 8 < np.mean(alone[50:])  # a row costs more when there are many
+
+
+def played(levels: dict[int, int], count: int = 1, draft_seconds: float = 0.0, verify: float = 10e-3) -> Round:
+    """A round in which nothing was kept of the drafts of `levels`."""
+    trees, nothing = (root_only(0),) * count, (0,) * count
+    seconds = verify + draft_seconds + 0.5e-3
+    return Round(tuple(range(count)), trees, ((0,),) * count, nothing, Drafting(levels), draft_seconds, verify, seconds)
+
+
+def drafts(controller: AdaptiveController, count: int = 1) -> list[bool]:
+    return [limit.allow_any for limit in controller.plan([Asked(index) for index in range(count)])]
+
+
+def test_the_scale_of_costs_is_that_of_the_levels_that_ran():
+    controller = build()
+    for _ in range(50):
+        drafts(controller)
+        controller.observe(played({0: 4}, draft_seconds=4 * DRAFT(3)))  # of whose nodes none was worth verifying
+    assert controller.draft_scale == pytest.approx(1.0)
+
+
+def test_who_was_not_asked_is_not_judged_and_teaches_nothing():
+    controller = build()
+    for _ in range(50):
+        assert drafts(controller) == [True]
+        controller.observe(played({}, draft_seconds=1e-6))  # the last token, or speculation refused
+    assert controller.draft_scale == 1.0
+    assert (controller.calibration.probability(np.log([0.1, 0.9])) == Calibration().probability(np.log([0.1, 0.9]))).all()
+
+
+def test_a_request_with_nothing_to_begin_with_does_not_pay_for_its_mate():
+    controller = build()
+    for _ in range(controller.config.warmup):
+        assert drafts(controller, 2) == [True, True]
+        controller.observe(played({0: 0, 1: 3}, 2, draft_seconds=3 * DRAFT(3)))
+    assert drafts(controller, 2) == [True, False]
 
 
 def test_calibration_learns_what_confidence_is_worth():

@@ -12,13 +12,13 @@ import torch
 from multimodal.compressor import BRANCHES, CompressorConfig
 from multimodal.decoder import Decoder
 from multimodal.sampling import SamplingConfig
-from serve.controller import FixedController
+from serve.controller import FixedController, Round
 from serve.draft_loss import Dialogue, DistillationConfig, DistillationLoss, Teacher, rollout_mask
 from serve.draft_model import DraftModel, DraftModelConfig
 from serve.drafters import DraftLimits
 from serve.eagle_drafter import EagleDrafter
 from serve.engine import Engine, EngineConfig
-from serve.request import Request
+from serve.request import Request, SpeculationConfig
 from serve.target import Target, cast
 from serve.tree import TreeBuilder
 from tests.tiny_vlm import VOCAB, naive, request, target
@@ -170,6 +170,30 @@ def test_drafting_can_stop_and_start_again_without_loss(monkeypatch, period):
         torch.testing.assert_close(hidden, expected[position])
 
 
+class Recorder(FixedController):
+    """Keeps the rounds."""
+
+    def __init__(self, limits: DraftLimits) -> None:
+        super().__init__(limits)
+        self.rounds: list[Round] = []
+
+    def observe(self, outcome: Round) -> None:
+        self.rounds.append(outcome)
+
+
+def test_a_round_tells_what_its_drafting_cost():
+    asked = [request(0, max_tokens=9, ignore_eos=True), request(3, max_tokens=9, ignore_eos=True)]
+    asked[1] = replace(asked[1], speculation=SpeculationConfig(enabled=False))
+    limits = DraftLimits(max_nodes=10, max_depth=4, width=3, least_score=-1e-9)  # nothing is worth keeping
+    recorder = Recorder(limits)
+    build(build_draft(mode="pool"), max_batch=2, controller=recorder).run(asked)
+    costs = [each.drafting for each in recorder.rounds]
+    depths = [4, 4, 4, 4, 3, 2, 1]  # and no draft for the last token
+    assert [dict(cost.levels) for cost in costs if cost.levels] == [{0: depth} for depth in depths] and len(costs) > len(depths)
+    assert costs[0].read_seconds > 0 and {cost.read_seconds for cost in costs[1:]} == {0.0}
+    assert all(0 < each.draft_seconds + each.verify_seconds <= each.seconds for each in recorder.rounds)
+
+
 def test_a_long_catch_up_beside_a_full_slot_has_room():
     asked = [request(index, max_tokens=40, ignore_eos=True) for index in (0, 3, 6)]
     engine = build(build_draft(mode="text_only"), max_batch=3, controller=OnAndOff(BUSH, 20))
@@ -183,7 +207,13 @@ def test_a_trimmed_head_drafts_only_its_ids():
     draft = cast(DraftModel(config, target().vlm, ids), torch.float64)
     engine, drafted = build(draft), []
     propose = engine.drafter.propose
-    engine.drafter.propose = lambda *arguments: drafted.extend(propose(*arguments)) or drafted[-len(arguments[0]) :]
+
+    def record(generations, limits):
+        proposal = propose(generations, limits)
+        drafted.extend(proposal.trees)
+        return proposal
+
+    engine.drafter.propose = record
     asked = [request(index) for index in range(9)]
     assert answers(engine, asked) == [naive(target(), each) for each in asked]
     said = {token for tree in drafted for token in tree.tokens[1:]}
@@ -210,11 +240,13 @@ def rescaled(factor: float) -> Target:
 def first_loss(model: Target) -> tuple[float, list[float]]:
     """Loss and gradients' sizes of a fresh draft."""
     torch.manual_seed(0)
-    draft = cast(DraftModel(DraftModelConfig(compressor=CompressorConfig(mode="pool", pool_ratio=4.0)), model.vlm), torch.float64)
+    config = DraftModelConfig(compressor=CompressorConfig(mode="pool", pool_ratio=4.0))
+    draft = cast(DraftModel(config, model.vlm), torch.float64)
     loss = DistillationLoss(Teacher(model), DistillationConfig())
     terms = loss(draft, [dialogue(index)[0] for index in (3, 4, 8)], torch.Generator().manual_seed(0))
     terms.loss_sum.backward()
-    return float(terms.loss_sum.detach()), [float(part.weight.grad.norm()) for part in (draft.fuse, draft.decoder.blocks[0].mlp.down)]
+    trained = (draft.fuse, draft.decoder.blocks[0].mlp.down)
+    return float(terms.loss_sum.detach()), [float(part.weight.grad.norm()) for part in trained]
 
 
 @pytest.mark.parametrize("factor", [0.05, 20.0])

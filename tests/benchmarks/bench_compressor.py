@@ -103,7 +103,7 @@ class Variant:
     drafter: EagleDrafter
     draft_ms: list[float] = field(default_factory=list)  # a round, prompts left out
     prompt_ms: list[float] = field(default_factory=list)  # a prompt
-    token_ms: list[float] = field(default_factory=list)  # a token, target included
+    token_ms: list[float] = field(default_factory=list)  # a token, target included, prompts left out
     answers: list[tuple[int, ...]] = field(default_factory=list)
 
 
@@ -134,17 +134,15 @@ def plain_engine(target: Target, asked: Sequence[Request]) -> Engine:
 
 def run(variant: Variant, asked: Sequence[Request], keep: bool) -> None:
     """All questions once; the first run warms up."""
-    before, prompts = variant.engine.stats(), variant.drafter.prompt_seconds
+    before = variant.engine.stats()
     variant.answers = [finished.token_ids for finished in variant.engine.run(asked)]
     after: EngineStats = variant.engine.stats()
-    read = variant.drafter.prompt_seconds - prompts
     if not keep:
         return
-    drafting = after.draft_seconds - before.draft_seconds - read
     parts = ("draft_seconds", "verify_seconds", "overhead_seconds")
     decoding = sum(getattr(after, name) - getattr(before, name) for name in parts)
-    variant.draft_ms.append(1e3 * drafting / max(1, after.rounds - before.rounds))
-    variant.prompt_ms.append(1e3 * read / len(asked))
+    variant.draft_ms.append(1e3 * (after.draft_seconds - before.draft_seconds) / max(1, after.rounds - before.rounds))
+    variant.prompt_ms.append(1e3 * (after.draft_read_seconds - before.draft_read_seconds) / len(asked))
     variant.token_ms.append(1e3 * decoding / max(1, sum(len(answer) - 1 for answer in variant.answers)))
 
 

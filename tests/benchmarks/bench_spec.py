@@ -2,9 +2,11 @@
 beside it.
 
 Runs are interleaved (each repetition times every variant once), medians of paired ratios are quoted, answers are compared in
-the same runs. `predicted` is the speed-up that the cost tables, measured before any request, and what a round of the warm-up took beside its
-passes give for the rounds that were run; a claim above what they allow would be a bug. The corpus is easy to guess: its bits per token stand under the table, and so do
-the goals and whether they were reached. The visual compressor has its own table: `vla bench compressor`.
+the same runs. `predicted` is the speed-up that the cost tables, measured before any request, and what a round of the warm-up
+took beside its passes (the draft's reading of prompts included) give for the rounds that were run; a claim above what they
+allow would be a bug. Decoding is all but the target's prefill, so the draft's reading is part of it. The corpus is easy to
+guess: its bits per token stand under the table, and so do the goals and whether they were reached. The visual compressor has
+its own table: `vla bench compressor`.
 """
 
 import argparse
@@ -21,7 +23,9 @@ import torch
 from multimodal.answering import tally_answers
 from multimodal.data import SceneTexts
 from multimodal.sampling import SamplingConfig
-from serve.controller import AdaptiveConfig, AdaptiveController, Controller, CostTable, FixedController, Round, describe
+from serve.controller import (
+    AdaptiveConfig, AdaptiveController, Controller, CostTable, Drafting, FixedController, Round, describe
+)  # fmt: skip
 from serve.costs import measure_draft, measure_target
 from serve.draft_checkpoint import load_draft
 from serve.draft_data import CorpusDialogues
@@ -42,8 +46,9 @@ TREES = {
     "paper 59": DraftLimits(59, 8, 10),
 }
 COLUMNS = (
-    "batch", "T", "type", "variant", "tokens/s", "spread %", "decode x", "end to end x", "predicted x", "tokens a round",
-    "nodes a round", "accepted at 1, 2, ... %", "draft ms", "verify ms", "other ms", "prefill share", "answers that differ",
+    "batch", "T", "type", "variant", "tokens an answer", "tokens/s", "spread %", "decode x", "end to end x", "predicted x",
+    "tokens a round", "nodes a round", "accepted at 1, 2, ... %", "draft ms", "verify ms", "other ms", "prefill share",
+    "answers that differ",
 )  # fmt: skip
 # At batch 1 and T = 0: the trained draft against the fastest plain decoding, and against the n-gram drafter.
 GOALS = {"decode x": 2.0, "end to end x": 1.6, "decode against n-gram x": 1.15}
@@ -129,18 +134,17 @@ class Recorder:
     """A controller that also writes down the rounds."""
 
     def __init__(self, inner: Controller) -> None:
-        self.inner, self.rounds, self._levels = inner, [], 0
+        self.inner = inner
+        self.rounds: list[Round] = []
 
     def plan(self, generations: Sequence[Generation]) -> list[DraftLimits]:
-        self._levels = 0
         return self.inner.plan(generations)
 
-    def trim(self, trees: Sequence[DraftTree]) -> list[DraftTree]:
-        self._levels = max(max(tree.depths) for tree in trees)
-        return self.inner.trim(trees)
+    def trim(self, trees: Sequence[DraftTree], drafting: Drafting) -> list[DraftTree]:
+        return self.inner.trim(trees, drafting)
 
     def observe(self, outcome: Round) -> None:
-        self.rounds.append((len(outcome.ids), outcome.num_rows, self._levels, sum(tree.num_drafted for tree in outcome.trees)))
+        self.rounds.append(outcome)
         self.inner.observe(outcome)
 
     def release(self, request_id: int) -> None:
@@ -244,9 +248,11 @@ class Costs:
 
     def seconds(self, variant: Variant, width: int) -> float:
         """Predicted for the rounds that a variant ran; its drafter's levels are of `width` rows a request."""
-        rounds = ((rows, levels, count * width) for count, rows, levels, _ in variant.log.rounds)
-        drafting = self.draft if variant.has_model else lambda rows: 0.0
-        return sum(self.target(rows) + levels * drafting(drafted) + variant.overhead for rows, levels, drafted in rounds)
+
+        def drafting(done: Drafting) -> float:
+            return done.num_levels * self.draft(done.num_requests * width) if variant.has_model else 0.0
+
+        return sum(self.target(each.num_rows) + drafting(each.drafting) + variant.overhead for each in variant.log.rounds)
 
 
 def costs(variants: Sequence[Variant], kind: str) -> Costs:
@@ -265,11 +271,11 @@ def run(variant: Variant, asked: Sequence[Request], keep: bool) -> None:
     seconds = time.perf_counter() - start
     after = variant.engine.stats()
     variant.answers = [each.token_ids for each in finished]
-    names = ("draft_seconds", "verify_seconds", "prefill_seconds", "overhead_seconds")
+    names = ("draft_seconds", "draft_read_seconds", "verify_seconds", "prefill_seconds", "overhead_seconds")
     parts = {name: getattr(after, name) - getattr(before, name) for name in names}
     if not keep:
-        beside = parts["overhead_seconds"] + (0.0 if variant.has_model else parts["draft_seconds"])
-        variant.overhead = beside / max(1, len(variant.log.rounds))
+        beside = ("overhead_seconds", "draft_read_seconds", *(() if variant.has_model else ("draft_seconds",)))
+        variant.overhead = sum(parts[name] for name in beside) / max(1, len(variant.log.rounds))
         variant.log.rounds.clear()
         return
     for name, value in parts.items():
@@ -292,12 +298,13 @@ def row(variant: Variant, variants: Sequence[Variant], tables: dict[str, Costs],
     width = TREES[variant.name.removeprefix("eagle, ")].width if "," in variant.name else AdaptiveConfig().width
     predicted = tables[fastest.kind].seconds(fastest, 1) / tables[variant.kind].seconds(variant, width)
     count = max(1, len(variant.log.rounds))
-    requests = sum(size for size, *_ in variant.log.rounds)
+    requests = sum(len(each.ids) for each in variant.log.rounds)
     return [
-        batch, temperature, variant.kind, variant.name, statistics.median(rates), spread,
+        batch, temperature, variant.kind, variant.name,
+        statistics.mean(map(len, variant.answers)), statistics.median(rates), spread,
         median_ratio(fastest.decode, variant.decode), median_ratio(fastest.seconds, variant.seconds), predicted,
         variant.tokens / max(1, requests),
-        sum(nodes for *_, nodes in variant.log.rounds) / max(1, requests),
+        sum(tree.num_drafted for each in variant.log.rounds for tree in each.trees) / max(1, requests),
         accepted_shares(variant.positions, variant.drafts), 1e3 * variant.parts["draft_seconds"] / count,
         1e3 * variant.parts["verify_seconds"] / count, 1e3 * variant.parts["overhead_seconds"] / count,
         variant.parts["prefill_seconds"] / sum(variant.seconds),
