@@ -50,8 +50,8 @@ class Round:
 
     ids: tuple[int, ...]
     trees: tuple[DraftTree, ...]
-    paths: tuple[tuple[int, ...], ...]  # nodes accepted, root first
-    accepted: tuple[int, ...]  # drafted tokens accepted
+    paths: tuple[tuple[int, ...], ...]  # nodes that the target agrees with, root first
+    accepted: tuple[int, ...]  # drafted tokens that became part of the answer, which may end inside a path
     drafting: Drafting
     draft_seconds: float
     verify_seconds: float

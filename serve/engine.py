@@ -242,23 +242,25 @@ class Engine:
         verified = self.runner.verify([generation.slot for generation in generations], trees)
         best = verified.best()
         verify_seconds = time.perf_counter() - drafted
-        accepted: list[Acceptance] = []
+        paths: list[tuple[int, ...]] = []
+        accepted: list[int] = []
         events: list[Event] = []
         for row, (generation, tree) in enumerate(zip(generations, trees, strict=True)):
             acceptance = self._accept(generation, tree, verified.logits[row], best[row])
-            accepted.append(acceptance)
             path = list(acceptance.path)
             self.runner.cache.commit(generation.slot, path)
-            generation.count_round(tree.num_drafted, acceptance.num_accepted)
-            start = generation.num_tokens - 1
+            generation.count_round(tree.num_drafted)
+            start, before = generation.num_tokens - 1, generation.accepted
             events += self._emit(generation, acceptance.tokens, verified.logits[row, path])
+            paths.append(acceptance.path)
+            accepted.append(generation.accepted - before)
             if generation.reason is None and self._wants_features(generation):
                 self.drafter.observe(generation, start, verified.hidden[row, path])
         outcome = Round(
             ids=tuple(generation.id for generation in generations),
             trees=tuple(trees),
-            paths=tuple(acceptance.path for acceptance in accepted),
-            accepted=tuple(acceptance.num_accepted for acceptance in accepted),
+            paths=tuple(paths),
+            accepted=tuple(accepted),
             drafting=drafting,
             draft_seconds=drafted - started - drafting.read_seconds,
             verify_seconds=verify_seconds,
@@ -312,11 +314,10 @@ class Engine:
             generation.reason = "error"
             self.runner.cache.erase(generation.slot)
             return self._leave(generation, "the model gave logits that are not finite; the request was given up.")
-        taken = generation.take(tokens)
+        taken, accepted = generation.take(tokens)
         self._stats.generation_tokens += len(taken)
         top = generation.request.top_logprobs
         logprobs = None if top is None else token_logprobs(rows[: len(taken)], taken, top)
-        accepted = min(len(taken), len(tokens) - 1)
         events: list[Event] = [Delta(generation.id, generation.text.take(), taken, accepted, logprobs)]
         return events if generation.reason is None else events + self._leave(generation)
 

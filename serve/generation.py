@@ -56,15 +56,15 @@ class Generation:
         """Tokens that max_tokens still allows."""
         return self.request.max_tokens - len(self.answer)
 
-    def count_round(self, num_drafted: int, num_accepted: int) -> None:
+    def count_round(self, num_drafted: int) -> None:
         self.rounds += 1
         self.drafted += num_drafted
-        self.accepted += num_accepted
 
-    def take(self, tokens: Sequence[int]) -> tuple[int, ...]:
-        """Continue the answer with what a round emitted, up to its end; the tokens that count.
+    def take(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], int]:
+        """Continue the answer with what a round emitted, up to its end; the tokens that count, and how many were drafted.
 
-        Sets `reason` when the answer ends: at an end id, at a completed stop string or at max_tokens, whichever comes first.
+        All but the last of `tokens` were. Sets `reason` when the answer ends: at an end id, at a completed stop string or at
+        max_tokens, whichever comes first.
         """
         taken = []
         for token in tokens:
@@ -79,7 +79,9 @@ class Generation:
             if self.reason is not None:
                 self.text.finish()
                 break
-        return tuple(taken)
+        accepted = min(len(taken), len(tokens) - 1)
+        self.accepted += accepted
+        return tuple(taken), accepted
 
     def finished(self, now: float, num_image_tokens: int, error: str | None = None) -> Finished:
         """The last event; `reason` must be set."""

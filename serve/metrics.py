@@ -36,7 +36,7 @@ class Metrics:
         self.tokens = self._counter("chat_tokens", "Tokens: prompt, completion, drafted, accepted", "kind")
         self.chat_rounds = self._counter("chat_rounds", "Speculative rounds")
         self.tokens_per_round = self._histogram(
-            "chat_tokens_per_round", "Tokens committed in one round, the bonus included", SIZES
+            "chat_tokens_per_round", "Tokens of one request sent at once: its first, then a round's, the bonus included", SIZES
         )
         self.accepted = self._counter("chat_accepted", "Draft tokens accepted, by position in the draft", "position")
         self.image_cache = self._counter("image_cache", "Image embeddings looked up", "result")

@@ -18,9 +18,10 @@ class EngineStats:
     prompt_tokens: int
     generation_tokens: int
     rounds: int  # target passes with decoding requests
+    request_rounds: int  # the same, counted once for each of its requests
     spec_decode_num_drafts: int  # trees verified that had a drafted node
     spec_decode_num_draft_tokens: int
-    spec_decode_num_accepted_tokens: int
+    spec_decode_num_accepted_tokens: int  # those that became part of an answer
     spec_decode_num_accepted_tokens_per_pos: tuple[int, ...]  # [i]: trees of which i + 1 drafted tokens or more were accepted
     image_cache_hits: int
     image_cache_misses: int
@@ -34,15 +35,15 @@ class EngineStats:
 
     @property
     def tokens_per_round(self) -> float:
-        """Tokens of one request and one target pass, the target's own included; 1 is plain decoding."""
-        return 1 + self.spec_decode_num_accepted_tokens / max(1, self.spec_decode_num_drafts)
+        """Mean of what a round brings a request, drafted or not, the target's own token included; 1 is plain decoding."""
+        return 1 + self.spec_decode_num_accepted_tokens / max(1, self.request_rounds)
 
 
 class StatsKeeper:
     """The counters while they move."""
 
     def __init__(self, max_depth: int) -> None:
-        self.prompt_tokens = self.generation_tokens = self.rounds = 0
+        self.prompt_tokens = self.generation_tokens = self.rounds = self.request_rounds = 0
         self.drafts = self.draft_tokens = self.accepted_tokens = 0
         self.per_position = [0] * max_depth
         self.draft_seconds = self.draft_read_seconds = self.verify_seconds = self.prefill_seconds = self.total_seconds = 0.0
@@ -51,6 +52,7 @@ class StatsKeeper:
 
     def count_round(self, outcome: Round) -> None:
         self.rounds += 1
+        self.request_rounds += len(outcome.ids)
         self.draft_seconds += outcome.draft_seconds
         self.draft_read_seconds += outcome.drafting.read_seconds
         self.verify_seconds += outcome.verify_seconds
@@ -84,6 +86,7 @@ class StatsKeeper:
             prompt_tokens=self.prompt_tokens,
             generation_tokens=self.generation_tokens,
             rounds=self.rounds,
+            request_rounds=self.request_rounds,
             spec_decode_num_drafts=self.drafts,
             spec_decode_num_draft_tokens=self.draft_tokens,
             spec_decode_num_accepted_tokens=self.accepted_tokens,

@@ -131,6 +131,28 @@ def test_deltas_add_up_and_say_what_was_drafted(truth):
     assert finished.usage.completion_tokens == len(truth[index]) == finished.usage.rounds + finished.usage.accepted_tokens + 1
 
 
+@pytest.mark.parametrize("place", [1, 2, 3, 4, 5])
+def test_what_comes_after_the_end_is_not_counted(place):
+    """A stop inside a block of right drafts: every counter knows the tokens of the answer, and no others."""
+    asked = replace(REQUESTS[3], max_tokens=12, ignore_eos=True)
+    answer = naive(target(), asked)
+    engine = build(OracleDrafter(lambda generation: answer), "chain")
+    events = list(engine.stream(replace(asked, stop_ids=[answer[place]])))
+    usage, stats = events[-1].usage, engine.stats()
+    assert usage.completion_tokens == stats.generation_tokens == answer.index(answer[place]) + 1
+    accepted = sum(event.num_accepted for event in events[:-1])
+    assert accepted == usage.accepted_tokens == stats.spec_decode_num_accepted_tokens < usage.completion_tokens
+    assert accepted == sum(stats.spec_decode_num_accepted_tokens_per_pos)
+
+
+def test_tokens_a_round_count_rounds_without_drafts(truth):
+    asked = [replace(REQUESTS[9], speculation=SpeculationConfig(enabled=enabled)) for enabled in (True, False)]
+    engine = build(OracleDrafter(lambda generation: truth[9]), "chain")
+    usages = [finished.usage for finished in engine.run(asked)]
+    rounds, accepted = sum(usage.rounds for usage in usages), sum(usage.accepted_tokens for usage in usages)
+    assert engine.stats().request_rounds == rounds and engine.stats().tokens_per_round == 1 + accepted / rounds
+
+
 def test_a_cancelled_request_leaves_and_resumes_where_it_was(truth):
     for name, drafter in drafters(truth).items():
         engine = build(drafter)
