@@ -68,12 +68,13 @@ class EagleDrafter:
         room = capacity + _CATCH_UP  # a short row of a pass is padded to the longest
         self.cache = SlotCache(model.decoder.config, num_slots, room, weight.dtype, weight.device)
         self._head = model.head_weight(target).detach().clone() if not model.has_full_head else target.head_weight.detach()
+        self._num_ids = target.config.vocab_size + target.config.num_new_tokens  # of the target's choice, and so of its noise
         self._states: dict[int, _State] = {}
         self.branches: dict[str, int] = {}  # compressor branch -> images
         self.visual_tokens = [0, 0]  # before and after the compressor
 
     def begin(self, generation: Generation, images: ImageCache) -> None:
-        self.cache.lengths[generation.slot] = 0
+        self.cache.erase(generation.slot)  # what the last request left may be NaN, which reaches over a mask
         self._states[generation.id] = _State(images)
 
     def observe(self, generation: Generation, start: int, features: Tensor) -> None:
@@ -123,7 +124,7 @@ class EagleDrafter:
         for row, generation in enumerate(generations):
             if generation is not None and not generation.sampling.is_greedy:
                 sampling = generation.sampling
-                noise = gumbel_noise(sampling.seed, generation.num_tokens + depth, self.target.config.vocab_size)
+                noise = gumbel_noise(sampling.seed, generation.num_tokens + depth, self._num_ids)
                 noise = torch.tensor(noise, dtype=torch.float32, device=logits.device)
                 noise = noise if self.model.has_full_head else noise[self.model.head_ids]
                 logits[row] = logits[row] / sampling.temperature + noise
@@ -164,7 +165,7 @@ class EagleDrafter:
 
     def _compress(self, generation: Generation, question: Tensor) -> Compressed | None:
         """The request's images as the draft sees them; None if one is no longer in the cache: then it drafts on text alone."""
-        found = [self._states[generation.id].images.get(key) for key in generation.image_keys]
+        found = [self._states[generation.id].images.peek(key) for key in generation.image_keys]
         if not found or any(features is None for features in found):
             return None
         images = self.target.place_images(torch.stack(found))

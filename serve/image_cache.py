@@ -26,6 +26,10 @@ class ImageCache:
         self.hits = self.misses = 0
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
+    def peek(self, key: str) -> Tensor | None:
+        """Like `get`, for who does without: counts as no look-up and keeps nothing longer."""
+        return self._features.get(key)
+
     def get(self, key: str) -> Tensor | None:
         """Features [P, width], or None."""
         features = self._features.get(key)

@@ -12,6 +12,7 @@ import torch
 from multimodal.compressor import BRANCHES, CompressorConfig
 from multimodal.decoder import Decoder
 from multimodal.sampling import SamplingConfig
+from multimodal.vlm import VLM
 from serve.controller import FixedController, Round
 from serve.draft_loss import Dialogue, DistillationConfig, DistillationLoss, Teacher, rollout_mask
 from serve.draft_model import DraftModel, DraftModelConfig
@@ -26,10 +27,10 @@ from tests.tiny_vlm import VOCAB, naive, request, target
 BUSH = DraftLimits(max_nodes=10, max_depth=4, width=3)
 
 
-def build_draft(seed: int = 0, mode: str = "select", dtype: torch.dtype = torch.float64, **changes) -> DraftModel:
-    torch.manual_seed(seed)
-    config = DraftModelConfig(compressor=CompressorConfig(mode=mode, prune_ratio=2.0, pool_ratio=4.0), **changes)
-    return cast(DraftModel(config, target().vlm), dtype)
+def build_draft(mode: str = "select", dtype: torch.dtype = torch.float64, model: Target | None = None) -> DraftModel:
+    torch.manual_seed(0)
+    config = DraftModelConfig(compressor=CompressorConfig(mode=mode, prune_ratio=2.0, pool_ratio=4.0))
+    return cast(DraftModel(config, (model or target()).vlm), dtype)
 
 
 def build(draft: DraftModel, limits: DraftLimits = BUSH, max_batch: int = 3, controller=None) -> Engine:
@@ -101,6 +102,35 @@ def test_a_rollout_mask_is_the_path_of_a_draft():
     assert second[3].int().tolist() == [1, 1, 0, 0] + [0, 0, 1, 0] + [0, 0, 0, 1]  # true up to 3 - 2, step 1 at 2, itself
 
 
+def test_a_grown_vocabulary_is_sampled_and_drafted_alike():
+    torch.manual_seed(1)
+    grown = VLM(replace(target().vlm.config, num_new_tokens=5))
+    grown = replace(target(), vlm=cast(grown, torch.float64))
+    asked = [request(index, sampling=SamplingConfig(temperature=1.0, seed=index)) for index in range(6)]
+    drafter = EagleDrafter(build_draft(mode="pool", model=grown), grown.vlm, num_slots=2, capacity=104)
+    engine = Engine(grown, EngineConfig(max_batch=2, context=64), drafter, FixedController(BUSH))
+    assert answers(engine, asked) == [naive(grown, each) for each in asked]
+    assert engine.stats().spec_decode_num_draft_tokens > 0
+
+
+def test_what_a_slot_held_before_reaches_no_draft():
+    asked = [request(index, max_tokens=12) for index in (4, 6)]
+    fresh, used = (build(build_draft(mode="pool"), max_batch=2) for _ in range(2))
+    used.drafter.cache.buffer.fill_(torch.nan)
+    first, second = (engine.run(asked) for engine in (fresh, used))
+    assert [each.usage.drafted_tokens for each in first] == [each.usage.drafted_tokens for each in second]
+    assert used.stats().spec_decode_num_accepted_tokens == fresh.stats().spec_decode_num_accepted_tokens
+
+
+def test_a_draft_counts_as_no_look_up_of_images():
+    asked = [request(index) for index in (4, 5, 4)]
+    engines = [build(build_draft(mode="pool")), Engine(target(), EngineConfig(max_batch=3, context=64))]
+    for engine in engines:
+        engine.run(asked)
+    hits, misses = ({getattr(engine.stats(), f"image_cache_{name}") for engine in engines} for name in ("hits", "misses"))
+    assert len(hits) == len(misses) == 1
+
+
 @pytest.mark.parametrize("mode", ["select", "weighted", "concat", "text_only"])
 @pytest.mark.parametrize("max_batch", [1, 3])
 def test_no_draft_changes_an_answer(mode, max_batch):
@@ -111,21 +141,23 @@ def test_no_draft_changes_an_answer(mode, max_batch):
 
 
 def test_swapping_compressor_and_gate_in_mid_run_changes_nothing(monkeypatch):
-    asked = [request(index) for index in range(12)]
-    draft, random = build_draft(), np.random.default_rng(0)
-    compressor = draft.compressor
+    asked = [request(index) for index in range(24)]
+    draft, random, by_gate = build_draft(), np.random.default_rng(0), []
+    forward = draft.compressor.forward
 
     def swap(*arguments, **options):
         with torch.no_grad():
             for parameter in draft.compressor.parameters():
                 parameter.normal_(generator=torch.Generator().manual_seed(int(random.integers(99))))
-        return compressor.forward(*arguments, **{**options, "branch": str(random.choice(BRANCHES))})
+        branch = (None, *BRANCHES)[random.integers(len(BRANCHES) + 1)]
+        compressed = forward(*arguments, **{**options, "branch": branch})
+        by_gate.extend(compressed.chosen if branch is None else ())
+        return compressed
 
-    monkeypatch.setattr(draft.compressor, "__call__", swap, raising=False)
+    monkeypatch.setattr(draft.compressor, "forward", swap)
     engine = build(draft)
-    engine.drafter.model.compress = lambda images, question, seeds, branch: swap(images, question, seeds=seeds)
     assert answers(engine, asked) == [naive(target(), each) for each in asked]
-    assert len(engine.drafter.branches) > 2
+    assert len(engine.drafter.branches) > 2 and len(set(by_gate)) > 1
 
 
 def test_a_draft_whose_image_is_gone_goes_on_without_it():
@@ -239,9 +271,7 @@ def rescaled(factor: float) -> Target:
 
 def first_loss(model: Target) -> tuple[float, list[float]]:
     """Loss and gradients' sizes of a fresh draft."""
-    torch.manual_seed(0)
-    config = DraftModelConfig(compressor=CompressorConfig(mode="pool", pool_ratio=4.0))
-    draft = cast(DraftModel(config, model.vlm), torch.float64)
+    draft = build_draft(mode="pool", model=model)
     loss = DistillationLoss(Teacher(model), DistillationConfig())
     terms = loss(draft, [dialogue(index)[0] for index in (3, 4, 8)], torch.Generator().manual_seed(0))
     terms.loss_sum.backward()
@@ -260,7 +290,7 @@ def test_the_loss_does_not_depend_on_the_scale_of_features(factor):
 @pytest.mark.parametrize("factor", [0.1, 5.0])
 def test_a_draft_begins_at_the_scale_of_its_target_and_so_does_the_noise(factor, monkeypatch):
     model, taught = rescaled(factor), dialogue(4)[0]
-    draft = cast(DraftModel(DraftModelConfig(compressor=CompressorConfig(mode="text_only")), model.vlm), torch.float64)
+    draft = build_draft(mode="text_only", model=model)
     lesson = Teacher(model)([taught])
     rms = float(lesson.features.square().mean().sqrt())
     features, enter = [], draft.enter
