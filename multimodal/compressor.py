@@ -47,9 +47,14 @@ class CompressorConfig:
         check_choice("CompressorConfig", "mode", self.mode, MODES)
         check_choice("CompressorConfig", "prune", self.prune, ("uniform", "guided"))
         check_choice("CompressorConfig", "pool", self.pool, ("1d", "2d"))
-        for name in ("prune_ratio", "pool_ratio", "conv_ratio", "queries", "weighted_ratio", "gate_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"CompressorConfig.{name} is {getattr(self, name)}; it must be positive.")
+        for name in ("prune_ratio", "pool_ratio", "conv_ratio", "queries", "weighted_ratio", "gate_size"):
+            if not 1 <= getattr(self, name) < math.inf:
+                raise ValueError(f"CompressorConfig.{name} is {getattr(self, name)}; it must be finite and at least 1.")
+        for name in ("conv_ratio", "queries", "weighted_ratio", "gate_size"):
+            if getattr(self, name) != int(getattr(self, name)):
+                raise ValueError(f"CompressorConfig.{name} is {getattr(self, name)}; it must be a whole number.")
+        if not 0 < self.gate_temperature < math.inf:
+            raise ValueError(f"CompressorConfig.gate_temperature is {self.gate_temperature}; it must be finite and positive.")
 
     @property
     def needs_gate(self) -> bool:
@@ -122,7 +127,7 @@ class VisualCompressor(nn.Module):
         mode = self.config.mode if branch is None else branch
         seeds = [0] * len(tokens) if seeds is None else seeds
         if mode == "weighted":
-            weights = self._gate(tokens, question)
+            weights = self._gate(tokens, question).exp()
             ratio = self.config.weighted_ratio
             pruned = _prune(tokens, math.ceil(tokens.shape[1] / ratio), seeds, scores)
             parts = [pruned, _pool_1d(tokens, ratio), self.conv(tokens)]
@@ -130,8 +135,8 @@ class VisualCompressor(nn.Module):
             return Compressed(list(mixed), weights, (mode,) * len(tokens))
         if mode != "select":
             return Compressed(list(self._branch(mode, tokens, seeds, scores)), None, (mode,) * len(tokens))
-        weights = self._gate(tokens, question)
-        logits = weights.log()
+        logits = self._gate(tokens, question)
+        weights = logits.exp()
         if generator is None:
             chosen = logits.argmax(1)
             passed = torch.ones_like(weights)
@@ -164,12 +169,12 @@ class VisualCompressor(nn.Module):
         return self.config.cost_weight * (gate @ kept).mean() + self.config.balance_weight * balance
 
     def _gate(self, tokens: Tensor, question: Tensor | None) -> Tensor:
-        """Probabilities [B, branches]."""
+        """Log-probabilities [B, branches]; finite where a probability is not, whose logarithm would have no gradient."""
         if question is None:
             mode = self.config.mode
             raise ValueError(f"Compressor mode {mode!r} has a gate, which needs a question vector [B, width]; got None.")
         seen = torch.cat([F.normalize(question, dim=-1), F.normalize(tokens.mean(1), dim=-1)], dim=-1) * tokens.shape[-1] ** 0.5
-        return self.gate(seen).softmax(-1)
+        return self.gate(seen).log_softmax(-1)
 
     def _branch(self, name: str, tokens: Tensor, seeds: Sequence[int], scores: Tensor | None) -> Tensor:
         """[B, P, width] -> [B, m, width]."""

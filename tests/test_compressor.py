@@ -96,6 +96,16 @@ def test_the_choice_is_hard_and_its_gradient_soft():
     assert compressor.gate[2].weight.grad.abs().sum() > 0
 
 
+def test_a_gate_that_is_certain_still_has_gradients():
+    compressor = build()
+    with torch.no_grad():
+        compressor.gate[2].bias.copy_(torch.tensor([0.0, -500.0, 0.0, 500.0, 0.0]))
+    out = compressor(TOKENS, QUESTION, generator=torch.Generator().manual_seed(0))
+    (sum(tokens.square().sum() for tokens in out.tokens) + compressor.gate_loss(out.gate)).backward()
+    assert set(out.chosen) == {"resample"} and out.gate.sum(1).tolist() == pytest.approx([1, 1, 1])
+    assert all(bool(weight.grad.isfinite().all()) for weight in compressor.gate.parameters())
+
+
 def test_the_gate_pays_for_tokens_and_for_imbalance():
     compressor = build(cost_weight=1.0, balance_weight=0.0)
     one_hot = torch.eye(5)
@@ -121,7 +131,14 @@ def test_a_weighted_sum_weighs_by_the_gate():
     torch.testing.assert_close(compressor(TOKENS, QUESTION).tokens, pooled)
 
 
-@pytest.mark.parametrize("wrong", [{"mode": "moe"}, {"prune": "best"}, {"pool": "3d"}, {"queries": 0}, {"prune_ratio": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "moe"}, {"prune": "best"}, {"pool": "3d"}, {"queries": 0}, {"prune_ratio": 0}, {"prune_ratio": 0.5},
+        {"pool_ratio": float("inf")}, {"pool_ratio": float("nan")}, {"conv_ratio": 2.5}, {"weighted_ratio": 0.9},
+        {"gate_size": 0}, {"gate_temperature": 0.0},
+    ],
+)  # fmt: skip
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         build(**wrong)
