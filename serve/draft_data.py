@@ -4,14 +4,14 @@ target says them.
 
 import json
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from serve.draft_loss import Dialogue
-from serve.engine import Engine
-from serve.request import Request
+from serve.request import Finished, Request
 from serve.target import Target
 
 
@@ -73,7 +73,9 @@ class CorpusDialogues:
         ranked = sorted(range(self._tokenizer.vocab_size), key=lambda token: (-counts[token], token))
         return sorted(ranked[:count])
 
-    def regenerate(self, engine: Engine, count: int, path: Path, max_tokens: int = 200) -> None:
+    def regenerate(
+        self, answer: Callable[[Sequence[Request]], Sequence[Finished]], count: int, path: Path, max_tokens: int = 200
+    ) -> None:
         """Let the target answer the first question of `count` dialogues greedily, and use its answers; kept at `path`,
         resumable.
         """
@@ -88,7 +90,7 @@ class CorpusDialogues:
             for first in tqdm(range(0, len(missing), 16), desc="target answers", unit="batch", disable=not missing):
                 numbers = missing[first : first + 16]
                 asked = [Request(prompt_of(self[number]), self[number].images, max_tokens=max_tokens) for number in numbers]
-                for number, finished in zip(numbers, engine.run(asked), strict=True):
+                for number, finished in zip(numbers, answer(asked), strict=True):
                     known[number] = finished.token_ids
                     file.write(json.dumps({"number": number, "answer": finished.token_ids}) + "\n")
                 file.flush()

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from serve.draft_model import DraftModel, DraftModelConfig
 from serve.drafters import DraftLimits
 from serve.eagle_drafter import EagleDrafter
 from serve.engine import Engine, EngineConfig
-from serve.request import Request
+from serve.request import Finished, Request
 from serve.target import Target, load_target
 from vla.cli import parse_config
 
@@ -57,8 +58,7 @@ def train_draft(config: TrainDraftConfig) -> Path:
     unseen = CorpusDialogues(config.corpus, "held_out", target)
     held_out = unseen.questions(config.held_out_prompts, least_tokens=40, max_tokens=160)
     if config.regenerate:
-        engine = Engine(target, EngineConfig(max_batch=8, context=context_for(held_out, target)))
-        dialogues.regenerate(engine, config.regenerate, run / "answers.jsonl")
+        dialogues.regenerate(partial(answer, target), config.regenerate, run / "answers.jsonl")
     torch.manual_seed(config.training.seed)
     model = DraftModel(config.model, target.vlm, head_ids(run, dialogues, config.model.head_size)).to(device)
     print(
@@ -81,6 +81,11 @@ def train_draft(config: TrainDraftConfig) -> Path:
     )  # fmt: skip
     plot_accepted_length([run], run / "accepted_length.png")
     return last / "policy"
+
+
+def answer(target: Target, requests: Sequence[Request]) -> list[Finished]:
+    """What the target says to some requests, by an engine that holds the longest of them."""
+    return Engine(target, EngineConfig(max_batch=8, context=context_for(requests, target))).run(requests)
 
 
 def context_for(requests: Sequence[Request], target: Target) -> int:

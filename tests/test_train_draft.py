@@ -14,9 +14,9 @@ from serve.draft_checkpoint import DraftAssets, load_draft
 from serve.draft_model import DraftModel, DraftModelConfig
 from serve.request import Request
 from serve.target import Target
-from serve.train_draft import TrainDraftConfig, main, plot_accepted_length
+from serve.train_draft import TrainDraftConfig, answer, main, plot_accepted_length
 from tests.test_draft import dialogue
-from tests.tiny_vlm import target
+from tests.tiny_vlm import naive, request, target
 
 SMALL = CompressorConfig(prune_ratio=2.0, pool_ratio=4.0)
 
@@ -75,6 +75,12 @@ def test_a_draft_survives_its_folder_and_knows_its_target(single, tmp_path):
     (tmp_path / "draft" / "config.yaml").write_text("format: remask-policy-1\n")
     with pytest.raises(ValueError, match="remask-policy-1"):
         load_draft(tmp_path / "draft", single)
+
+
+def test_the_target_answers_prompts_of_any_length():
+    """Longer ones than those that the accepted length is measured on."""
+    asked = [request(index, prompt=[9] * (20 + 60 * index), max_tokens=5) for index in range(3)]
+    assert [list(finished.token_ids) for finished in answer(target(), asked)] == [naive(target(), each) for each in asked]
 
 
 def test_a_curve_needs_measurements(tmp_path):

@@ -1,8 +1,9 @@
 """The visual compressor: each primitive, the gate and any other draft on the same questions under one tree.
 
 What it does to the draft: image tokens before and after, tokens accepted, milliseconds. It cannot change an answer, which is
-checked. Runs are interleaved; medians over repetitions. Without --draft one is trained first, by --config for --minutes (mode
-select: every batch a branch drawn at random or the gate's), into REMASK_HOME/bench/compressor, resumable.
+checked. Runs are interleaved; medians over repetitions. Without --draft one is trained first for each of --modes, by --config
+for --minutes, into REMASK_HOME/bench/compressor, resumable. Mode select: every batch a branch drawn at random or the gate's;
+none: all tokens.
 """
 
 import argparse
@@ -10,9 +11,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from multimodal.compressor import MODES
 from serve.controller import FixedController
 from serve.draft_checkpoint import load_draft
 from serve.draft_data import CorpusDialogues
@@ -40,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--vlm", type=Path, required=True, help="checkpoint folder of `vla train-vlm`")
     arguments.add_argument("--draft", type=Path, nargs="*", default=[], help="checkpoint folders of `vla train-draft`")
     add_training_options(arguments)
+    arguments.add_argument("--modes", nargs="+", default=["select"], choices=MODES, help="of the compressors that are trained")
     arguments.add_argument("--corpus", type=Path, required=True)
     arguments.add_argument("--prompts", type=int, default=12)
     arguments.add_argument("--least-tokens", type=int, default=60, help="of the corpus's own answer to a prompt")
@@ -49,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments.set_defaults(repetitions=5)
     options = arguments.parse_args(argv)
     torch.set_num_threads(options.threads)
-    drafts = options.draft or [trained(options)]
     target = load_target(options.vlm, dtype=DTYPES[options.type], device=options.device)
+    drafts = options.draft or [trained(options, target, mode) for mode in options.modes]
     corpus = CorpusDialogues(options.corpus, "held_out", target)
     asked = corpus.questions(options.prompts, least_tokens=options.least_tokens, max_tokens=options.max_tokens)
     variants = [variant for path in drafts for variant in build_variants(path, target, asked)]
@@ -66,20 +70,21 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def trained(options: argparse.Namespace) -> Path:
+def trained(options: argparse.Namespace, target: Target, mode: str) -> Path:
     """The checkpoint folder of a draft for the target, trained now or before."""
-    return train_for_minutes(options, remask_home() / "bench" / "compressor" / f"select-{options.minutes:g}min", seed=0)
+    folder = remask_home() / "bench" / "compressor" / f"{mode}-{options.minutes:g}min-{target.name[:8]}"
+    return train_for_minutes(options, folder, **{"training.seed": 0, "model.compressor.mode": mode})
 
 
-def train_for_minutes(options: argparse.Namespace, folder: Path, seed: int) -> Path:
-    """`vla train-draft` under options.config into a run folder; the checkpoint folder. A finished run is taken as it is, an
-    interrupted one goes on.
+def train_for_minutes(options: argparse.Namespace, folder: Path, **changes: Any) -> Path:
+    """`vla train-draft` under options.config, some settings changed, into a run folder that names the target; the checkpoint
+    folder. A finished run is taken as it is, an interrupted one goes on.
     """
     if not (folder / "done").exists():
         settings = {
             "config_path": options.config, "vlm": options.vlm, "corpus": options.corpus, "output_dir": folder,
-            "training.minutes": options.minutes, "training.steps": 10**6, "training.seed": seed,
-            "training.threads": options.threads, "training.device": options.device,
+            "training.minutes": options.minutes, "training.steps": 10**6, "training.threads": options.threads,
+            "training.device": "cpu" if options.device == "cpu" else "auto", **changes,
         }  # fmt: skip
         config = parse_config(TrainDraftConfig, [f"--{name}={value}" for name, value in settings.items()])
         train_draft(replace(config, resume=(folder / "checkpoints").exists()))

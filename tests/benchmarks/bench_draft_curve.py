@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from multimodal.training_log import read_log
+from serve.target import load_target
 from serve.train_draft import plot_accepted_length
 from tests.benchmarks.bench_compressor import add_training_options, train_for_minutes
 from tests.benchmarks.harness import parser, report
@@ -30,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.runs is None and (options.vlm is None or options.corpus is None):
         arguments.error("give --vlm and --corpus to train, or --runs to read")
     torch.set_num_threads(options.threads)
-    runs = options.runs or [train_seed(options, seed) for seed in options.seeds]
+    runs = options.runs or train_seeds(options)
     rows = [row for run in runs for row in curve(run)]
     output = options.output or Path("outputs") / "bench" / "draft_curve.json"
     report("draft_curve", COLUMNS, rows, output, runs=[run.name for run in runs])
@@ -38,11 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def train_seed(options: argparse.Namespace, seed: int) -> Path:
-    """The run folder of one seed, trained now or before."""
-    folder = remask_home() / "bench" / "draft_curve" / f"seed-{seed}-{options.minutes:g}min"
-    train_for_minutes(options, folder, seed)
-    return folder
+def train_seeds(options: argparse.Namespace) -> list[Path]:
+    """The run folders of the seeds, trained now or before."""
+    root, name = remask_home() / "bench" / "draft_curve", load_target(options.vlm).name[:8]
+    folders = [root / f"seed-{seed}-{options.minutes:g}min-{name}" for seed in options.seeds]
+    for folder, seed in zip(folders, options.seeds, strict=True):
+        train_for_minutes(options, folder, **{"training.seed": seed})
+    return folders
 
 
 def curve(run: Path) -> list[list]:
