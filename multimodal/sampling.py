@@ -12,15 +12,24 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Integral
 
 import numpy as np
 
 _STREAM = 0x52454D41534B  # second word of the generator's key: apart from any other use of the same seed
 
 
+class SamplingError(ValueError):
+    """A setting of SamplingConfig, `field`, is out of range."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are picked. Raises ValueError naming the field that is out of range."""
+    """How tokens are picked. Raises SamplingError naming the field that is out of range."""
 
     temperature: float = 0.0  # 0: the most likely token, lowest id among equals
     top_p: float = 1.0  # smallest set of most likely tokens with at least this mass, (0, 1]
@@ -36,8 +45,8 @@ class SamplingConfig:
         rules = {
             "temperature": (0 <= self.temperature < math.inf, "a finite number, 0 (greedy) or more"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
-            "top_k": (self.top_k >= 0, "0 (all) or more"),
-            "seed": (0 <= self.seed < 2**64, "in 0 .. 2**64 - 1"),
+            "top_k": (isinstance(self.top_k, Integral) and self.top_k >= 0, "a whole number, 0 (all) or more"),
+            "seed": (isinstance(self.seed, Integral) and 0 <= self.seed < 2**64, "a whole number in 0 .. 2**64 - 1"),
             "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a positive number"),
             "presence_penalty": (math.isfinite(self.presence_penalty), "a finite number"),
             "frequency_penalty": (math.isfinite(self.frequency_penalty), "a finite number"),
@@ -46,7 +55,7 @@ class SamplingConfig:
         }
         for name, (holds, allowed) in rules.items():
             if not holds:
-                raise ValueError(f"SamplingConfig.{name} is {getattr(self, name)!r}; allowed: {allowed}.")
+                raise SamplingError(name, f"SamplingConfig.{name} is {getattr(self, name)!r}; allowed: {allowed}.")
 
     @property
     def is_greedy(self) -> bool:

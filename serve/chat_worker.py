@@ -9,12 +9,11 @@ import time
 import traceback
 from typing import Any
 
-from multimodal.sampling import SamplingConfig
 from serve.chat import prompt_of
 from serve.engine import Engine, EngineConfig
 from serve.errors import QueueFull, RequestError
 from serve.generate import load_engine
-from serve.request import Delta, Finished, Request, SpeculationConfig
+from serve.request import Delta, Finished, Request, SpeculationConfig, sampling_of
 from serve.worker_process import ServerLink, resolve
 
 STATS_SECONDS = 0.25
@@ -71,13 +70,11 @@ class ChatLoop:
             return
         number = message["ask"]
         try:
-            asked = self._engine.submit(request_of(message, self._engine))
+            asked = self._engine.submit(request_of(message))
         except QueueFull as error:
             self._link.send({"events": [{"number": number, "overloaded": str(error), "retry_after": error.retry_after}]})
         except RequestError as error:
             self._link.send({"events": [{"number": number, "refused": str(error), "field": error.field, "code": error.code}]})
-        except ValueError as error:  # SamplingConfig's
-            self._link.send({"events": [{"number": number, "refused": str(error), "field": None, "code": "invalid_request"}]})
         else:
             self._asked[asked], self._ids[number] = number, asked
 
@@ -118,18 +115,12 @@ class ChatLoop:
         }
 
 
-def request_of(message: dict[str, Any], engine: Engine) -> Request:
-    """The engine's request. Raises ValueError for sampling settings out of range."""
-    prompt = prompt_of(tuple((role, text) for role, text in message["messages"]))
-    images = tuple(message["images"])
-    room = message["max_tokens"]
-    if room is None:
-        taken = len(engine.target.encode(prompt, len(images))) + len(images) * engine.limits.tokens_per_image
-        room = max(1, engine.limits.context - taken)
+def request_of(message: dict[str, Any]) -> Request:
+    """The engine's request. Raises InvalidRequest for sampling settings out of range."""
     return Request(
-        prompt=prompt,
-        images=images,
-        sampling=SamplingConfig(
+        prompt=prompt_of(tuple((role, text) for role, text in message["messages"])),
+        images=tuple(message["images"]),
+        sampling=sampling_of(
             temperature=message["temperature"],
             top_p=message["top_p"],
             seed=message["seed"],
@@ -137,7 +128,7 @@ def request_of(message: dict[str, Any], engine: Engine) -> Request:
             frequency_penalty=message["frequency_penalty"],
             logit_bias={int(token): bias for token, bias in message["logit_bias"]},
         ),
-        max_tokens=room,
+        max_tokens=message["max_tokens"],
         stop=tuple(message["stop"]),
         top_logprobs=message["top_logprobs"],
         speculation=SpeculationConfig(enabled=message["speculate"]),

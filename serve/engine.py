@@ -7,7 +7,7 @@ tokens as were right: lengths are ragged, nothing waits for a batch mate, and no
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -89,14 +89,9 @@ class Engine:
 
     def submit(self, request: Request) -> int:
         """Queue a request; its id. Raises the RequestError that names what is wrong with it, before any compute."""
-        check_request(request, self.limits)
-        count, asked = len(request.images), request.prompt
-        try:
-            ids = self.target.encode(asked, count) if isinstance(asked, str) else list(asked)
-            prompt = self.target.vlm.expand_prompt(ids, count)
-        except ValueError as error:
-            raise InvalidRequest("prompt", str(error)) from error
-        check_length(len(prompt), request, self.limits)
+        prompt = self.check(request)
+        if request.max_tokens is None:
+            request = replace(request, max_tokens=self.limits.context - len(prompt))
         keys = tuple(image_key(image) for image in request.images)
         end_ids = frozenset(request.stop_ids) | (frozenset() if request.ignore_eos else frozenset(self.target.eos_ids))
         text = AnswerText(self.target.tokenizer.decode, request.stop)
@@ -108,6 +103,18 @@ class Engine:
             generation = Generation(request_id, request, prompt, end_ids, text, keys, clock=clock)
             self._generations[request_id] = generation
         return request_id
+
+    def check(self, request: Request) -> list[int]:
+        """A request's prompt, expanded. Raises the RequestError that names what is wrong with it."""
+        check_request(request, self.limits)
+        count, asked = len(request.images), request.prompt
+        try:
+            ids = self.target.encode(asked, count) if isinstance(asked, str) else list(asked)
+            prompt = self.target.vlm.expand_prompt(ids, count)
+        except ValueError as error:
+            raise InvalidRequest("prompt", str(error)) from error
+        check_length(len(prompt), request, self.limits)
+        return prompt
 
     def _whole_runs(self, prompt: Sequence[int]) -> list[tuple[int, int]]:
         """Image runs that see themselves whole, so that they must be read at once."""

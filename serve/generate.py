@@ -24,22 +24,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 def load_engine(
     vlm: Path | str, draft: Path | str | None = None, *, config: EngineConfig | None = None, dtype: str = "float32",
-    device: str = "cpu", adaptive: AdaptiveConfig | None = None,
+    device: str = "cpu", adaptive: AdaptiveConfig | None = None, asked: Sequence[Request] = (),
 ) -> Engine:  # fmt: skip
     """An engine on a checkpoint of `vla train-vlm`, drafting with one of `vla train-draft`, or by n-grams without.
 
-    Measures this machine's costs, so it takes a second or two. Raises FileNotFoundError or ValueError naming the folder at
-    fault.
+    Measures this machine's costs, so it takes a second or two; requests that will be `asked` are checked before. Raises
+    FileNotFoundError or ValueError naming the folder at fault, RequestError for a request.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES)}.")
     target = load_target(vlm, dtype=DTYPES[dtype], device=device)
-    return build_engine(target, None if draft is None else Path(draft), config, adaptive)
+    return build_engine(target, None if draft is None else Path(draft), config, adaptive, asked)
 
 
 def build_engine(
-    target: Target, draft: Path | None, config: EngineConfig | None = None, adaptive: AdaptiveConfig | None = None
-) -> Engine:
+    target: Target, draft: Path | None, config: EngineConfig | None = None, adaptive: AdaptiveConfig | None = None,
+    asked: Sequence[Request] = (),
+) -> Engine:  # fmt: skip
     """Like `load_engine`, on a target that is loaded already."""
     config, adaptive = config or EngineConfig(), adaptive or AdaptiveConfig()
     drafter: Drafter = NgramDrafter()
@@ -47,6 +48,8 @@ def build_engine(
         capacity = config.context + adaptive.width * adaptive.max_depth
         drafter = EagleDrafter(load_draft(draft, target), target.vlm, num_slots=config.max_batch, capacity=capacity)
     engine = Engine(target, config, drafter)
+    for request in asked:
+        engine.check(request)
     engine.controller = build_controller(engine.runner, drafter, adaptive, past=min(128, config.context // 2))
     return engine
 
@@ -79,7 +82,8 @@ def generate(config: GenerateConfig) -> Finished:
     images = tuple(read_image(path) for path in config.images)
     sampling = SamplingConfig(config.temperature, config.top_p, config.top_k, config.seed)
     request = Request(config.prompt, images, sampling, config.max_tokens, config.stop)
-    engine = load_engine(config.vlm, config.draft, config=config.engine, dtype=config.dtype, device=config.device)
+    settings = {"config": config.engine, "dtype": config.dtype, "device": config.device}
+    engine = load_engine(config.vlm, config.draft, asked=[request], **settings)
     for event in engine.stream(request):
         if isinstance(event, Delta):
             print(event.text, end="", flush=True)

@@ -1,12 +1,13 @@
 """What is asked of the engine and what it answers, as values; and the checks that come before any compute."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
-from multimodal.sampling import SamplingConfig
+from multimodal.sampling import SamplingConfig, SamplingError
 from serve.errors import InvalidImage, InvalidRequest, PromptTooLong, TooManyImages
 
 
@@ -25,7 +26,7 @@ class Request:
     prompt: str | Sequence[int]  # text (the tokenizer puts <bos> first), or ids
     images: Sequence[np.ndarray] = ()  # uint8 [H, W, 3]; before the text, or where the prompt's image token stands
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    max_tokens: int = 256
+    max_tokens: int | None = 256  # None: what the prompt leaves of the context
     stop: Sequence[str] = ()  # the text ends before the first of these
     stop_ids: Sequence[int] = ()  # end the answer, beside the model's own; counted as a token, not shown
     ignore_eos: bool = False  # go on past the model's own end ids
@@ -94,15 +95,24 @@ class Limits:
     max_images: int
     max_pixels: int
     min_side: int  # pixels; what the model crops from an image
+    max_stretch: int = 50  # an image's longer side over its shorter one, which may be scaled to a size of the model's
     max_top_logprobs: int = 20
     max_stop_strings: int = 16
+
+
+def sampling_of(**settings: Any) -> SamplingConfig:
+    """How a request samples. Raises InvalidRequest naming the setting that is out of range."""
+    try:
+        return SamplingConfig(**settings)
+    except SamplingError as error:
+        raise InvalidRequest(f"sampling.{error.field}", str(error)) from error
 
 
 def check_request(request: Request, limits: Limits) -> None:
     """Raise the RequestError that names what is wrong; the length of the prompt is `check_length`'s."""
     if not isinstance(request.sampling, SamplingConfig) or not isinstance(request.speculation, SpeculationConfig):
         raise InvalidRequest("sampling", "sampling must be a SamplingConfig and speculation a SpeculationConfig.")
-    if not _is_count(request.max_tokens, 1):
+    if request.max_tokens is not None and not _is_count(request.max_tokens, 1):
         raise InvalidRequest("max_tokens", f"max_tokens is {request.max_tokens!r}; expected a whole number of at least 1.")
     top = request.top_logprobs
     if top is not None and not (_is_count(top, 0) and top <= limits.max_top_logprobs):
@@ -116,6 +126,8 @@ def check_request(request: Request, limits: Limits) -> None:
     _check_ids("sampling.allowed_ids", request.sampling.allowed_ids or (), limits.vocab_size)
     if not isinstance(request.prompt, str):
         _check_ids("prompt", request.prompt, limits.vocab_size)
+    if not _is_list(request.images):
+        raise InvalidImage("images", f"images is {type(request.images).__name__}; expected a list of uint8 arrays [H, W, 3].")
     if len(request.images) > limits.max_images:
         raise TooManyImages("images", f"{len(request.images)} images; this model takes at most {limits.max_images}.")
     for index, image in enumerate(request.images):
@@ -124,20 +136,25 @@ def check_request(request: Request, limits: Limits) -> None:
 
 def check_length(num_prompt: int, request: Request, limits: Limits) -> None:
     """Raise PromptTooLong unless the expanded prompt and the longest answer fit; InvalidRequest for an empty prompt."""
+    wanted = 1 if request.max_tokens is None else request.max_tokens
     if num_prompt == 0:
         raise InvalidRequest("prompt", "the prompt is empty and there is no image; give at least one token.")
-    if num_prompt + request.max_tokens > limits.context:
+    if num_prompt + wanted > limits.context:
         images = len(request.images) * limits.tokens_per_image
         raise PromptTooLong(
             "prompt",
-            f"the prompt takes {num_prompt} positions ({images} of them for images) and max_tokens is {request.max_tokens}: "
-            f"{num_prompt + request.max_tokens} together, the context holds {limits.context}. Shorten the prompt, send fewer "
+            f"the prompt takes {num_prompt} positions ({images} of them for images) and max_tokens is {wanted}: "
+            f"{num_prompt + wanted} together, the context holds {limits.context}. Shorten the prompt, send fewer "
             "images or lower max_tokens.",
         )
 
 
 def _is_count(value: object, least: int) -> bool:
     return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Collection) and not isinstance(value, (str, bytes))
 
 
 def _check_stops(request: Request, limits: Limits) -> None:
@@ -150,6 +167,8 @@ def _check_stops(request: Request, limits: Limits) -> None:
 
 
 def _check_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    if not _is_list(ids):
+        raise InvalidRequest(name, f"{name} is {ids!r:.40}; expected a list of token ids.")
     wrong = [token for token in ids if not (_is_count(token, 0) and token < vocab_size)]
     if wrong:
         raise InvalidRequest(name, f"{name} holds {wrong[:5]!r}; token ids are whole numbers in 0 .. {vocab_size - 1}.")
@@ -166,3 +185,5 @@ def _check_image(index: int, image: object, limits: Limits) -> None:
         raise InvalidImage("images", f"{size}; the limit is {limits.max_pixels} ({side} squared).")
     if min(height, width) < limits.min_side:
         raise InvalidImage("images", f"{size}; the model needs {limits.min_side} on each side.")
+    if max(height, width) > limits.max_stretch * min(height, width):
+        raise InvalidImage("images", f"{size}; the longer side may be {limits.max_stretch} times the shorter. Crop it.")

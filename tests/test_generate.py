@@ -7,6 +7,7 @@ from torchvision.io import write_png
 
 from serve import generate as module
 from serve.controller import AdaptiveController
+from serve.errors import PromptTooLong
 from serve.generate import load_engine, main, read_image
 from serve.request import Request
 from tests.tiny_vlm import naive, target, tokenizer
@@ -36,6 +37,12 @@ def test_an_engine_from_checkpoints_measures_its_machine(loaded):
     assert isinstance(engine.controller, AdaptiveController) and engine.controller.target.seconds[0] > 0
     with pytest.raises(ValueError, match="dtype is 'int4'"):
         load_engine("v", dtype="int4")
+
+
+def test_a_request_is_refused_before_anything_is_measured(loaded, monkeypatch):
+    monkeypatch.setattr(module, "build_controller", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(PromptTooLong, match="context holds 64"):
+        main(["--vlm=v", "--prompt=the red cup", "--max_tokens=64", "--engine.context=64", "--engine.max_batch=1"])
 
 
 def test_a_missing_or_broken_image_is_named(tmp_path):

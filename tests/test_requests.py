@@ -1,12 +1,14 @@
 """What is wrong with a request is said, by type and field, before anything is computed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from multimodal.sampling import SamplingConfig
 from serve.engine import Engine, EngineConfig
 from serve.errors import InvalidImage, InvalidRequest, PromptTooLong, RequestError, TooManyImages
-from serve.request import Request, SpeculationConfig
+from serve.request import Request, SpeculationConfig, sampling_of
 from tests.tiny_vlm import VOCAB, target
 
 IMAGE = np.zeros((32, 32, 3), dtype=np.uint8)
@@ -34,6 +36,10 @@ WRONG = {
     "small image": ({"images": [np.zeros((31, 99, 3), np.uint8)]}, InvalidImage, "images"),
     "grey image": ({"images": [np.zeros((40, 40), np.uint8)]}, InvalidImage, "images"),
     "float image": ({"images": [np.zeros((40, 40, 3))]}, InvalidImage, "images"),
+    "no list of ids": ({"prompt": None}, InvalidRequest, "prompt"),
+    "ids as bytes": ({"prompt": b"abc"}, InvalidRequest, "prompt"),
+    "stop_ids no list": ({"stop_ids": 5}, InvalidRequest, "stop_ids"),
+    "no list of images": ({"images": None}, InvalidImage, "images"),
     "no image": ({"images": ["picture.png"]}, InvalidImage, "images"),
 }
 
@@ -52,6 +58,37 @@ def test_a_wrong_request_gets_its_error_and_leaves_no_trace(engine, case, monkey
         engine.submit(Request(**{"prompt": [9], "max_tokens": 4, **changes}))
     assert isinstance(caught.value, RequestError) and caught.value.field.split(".")[-1] == field.split(".")[-1]
     assert caught.value.code == kind.code and not engine.has_work and engine.step() == []
+
+
+@pytest.mark.parametrize("shape", [(1, 4_000_000), (4_000_000, 1), (1, 51)])
+def test_an_image_is_not_scaled_to_a_size_beyond_reason(shape, monkeypatch):
+    """Its shorter side may be scaled up to the model's frame: the longer one would follow."""
+    scaling = Engine(replace(target(), frame_size=32), EngineConfig(max_batch=1, context=40))
+    monkeypatch.setattr(scaling.target.vlm, "image_features", lambda *_: pytest.fail("computed"))
+    with pytest.raises(InvalidImage, match="50 times the shorter"):
+        scaling.submit(Request([9], [np.zeros((*shape, 3), np.uint8)], max_tokens=4))
+
+
+def test_an_image_as_long_as_allowed_is_scaled_and_answered():
+    scaling = Engine(replace(target(), frame_size=32), EngineConfig(max_batch=1, context=40))
+    assert scaling.run([Request([9], [np.zeros((2, 100, 3), np.uint8)], max_tokens=2)])[0].reason in ("length", "stop")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_k", 2.5), ("seed", -1), ("allowed_ids", ())],
+)
+def test_sampling_out_of_range_is_a_request_error_of_its_setting(setting, value):
+    with pytest.raises(InvalidRequest, match=setting) as caught:
+        sampling_of(**{setting: value})
+    assert caught.value.field == f"sampling.{setting}"
+
+
+def test_without_max_tokens_the_context_is_the_limit(engine):
+    finished = engine.run([Request([9] * 20, max_tokens=None, ignore_eos=True)])[0]
+    assert finished.reason == "length" and finished.usage.prompt_tokens + finished.usage.completion_tokens == 40
+    with pytest.raises(PromptTooLong):
+        engine.submit(Request([9] * 40, max_tokens=None))
 
 
 def test_what_just_fits_is_taken(engine):
