@@ -2,9 +2,10 @@
 
 The target's token at a node is a function of its logits there and of the noise of that position (multimodal.sampling).
 Acceptance walks from the root: the token chosen at a node is emitted; if a child of the node holds it, the walk goes on there.
-What is emitted is what plain decoding emits, token for token, at any temperature, whatever the tree. At temperature > 0 the
-chance to find the chosen token among the children is the target's mass on them, exactly what sequential rejection
-(`accept_by_rejection`, the published rule for trees of point-mass drafts) attains.
+What is emitted is what plain decoding emits, token for token, at any temperature, whatever the tree. At temperature > 0 and for
+a tree drawn without knowledge of that noise, the chance to find the chosen token among the children is the target's mass on
+them, exactly what sequential rejection (`accept_by_rejection`, the published rule for trees of point-mass drafts) attains. The
+trained draft shares the noise (serve/eagle_drafter.py): this does not hold for its trees.
 """
 
 from collections.abc import Callable, Sequence
