@@ -1,7 +1,9 @@
 """Episodes in which the policy acts and the expert labels: the data of DAgger (Ross et al. 2011). Imports no torch of ours.
 
 Per chunk a coin decides who acts: the expert with probability `mixing`, else the policy. Every state visited is recorded
-with what the expert would do there, so that a policy trained on it learns to come back from where it has gone.
+with what the expert would do there, so that a policy trained on it learns to come back from where it has gone. Where the
+policy did something else, the next label answers another state than the label before it leads to: such a frame is not
+`followed`, and no chunk of labels is cut across it.
 """
 
 import functools
@@ -25,6 +27,7 @@ from sim.workers import serve_jobs
 from vla.interface import Policy
 
 SPLIT = "train"
+FOLLOWED = 0.25  # action units, by which what is executed may differ from the label: about the noise of demonstrations
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ def correct(
     """
     generator = np.random.default_rng([start.seed, task])
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in environment.spec.cameras}
-    states, labels, expert_chunks, chunk_number = [], [], 0, 0
+    states, labels, followed, expert_chunks, chunk_number = [], [], [], 0, 0
     waiting: list[np.ndarray] = []  # the policy's actions still to execute
     expert_left, success = 0, False
     environment.reset(task, start)
@@ -81,6 +84,7 @@ def correct(
             executed = label
         else:
             executed = waiting.pop(0)
+        followed.append(bool(np.abs(executed - label).max() <= FOLLOWED))
         success = environment.step(executed)
     episode = Demonstration(
         images={camera: np.stack(frames) for camera, frames in images.items()},
@@ -90,6 +94,7 @@ def correct(
         task=task,
         start=start,
         success=bool(success),
+        followed=np.array(followed),
     )
     return episode, expert_chunks
 

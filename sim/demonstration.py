@@ -23,6 +23,7 @@ class Demonstration:
     task: int
     start: Start
     success: bool
+    followed: np.ndarray | None = None  # bool [T]: action[t] was executed, or nearly; None: everywhere, up to noise
 
 
 def record(
@@ -89,6 +90,7 @@ def save(demonstration: Demonstration, path: Path) -> None:
                 task=np.array(demonstration.task),
                 start=np.array([start.split, str(start.index), str(start.seed)]),
                 success=np.array(demonstration.success),
+                **({} if demonstration.followed is None else {"followed": demonstration.followed}),
             )
             file.flush()
             os.fsync(file.fileno())
@@ -109,4 +111,5 @@ def load(path: Path) -> Demonstration:
             task=int(arrays["task"]),
             start=Start(split, int(index), int(seed)),
             success=bool(arrays["success"]),
+            followed=arrays["followed"] if "followed" in arrays.files else None,
         )

@@ -37,8 +37,9 @@ def pack(root: Path, spec: RobotSpec, paths: Sequence[Path], *, source: str, cac
         with FrameCacheWriter(cache, spec, source=source, storage=storage) as writer:
             for episode in map(demonstration.load, paths):
                 writer.add_episode(
-                    episode.images, episode.state, episode.action, instruction=episode.instruction, task=episode.task
-                )
+                    episode.images, episode.state, episode.action,
+                    instruction=episode.instruction, task=episode.task, followed=episode.followed,
+                )  # fmt: skip
         return {"cache_bytes": folder_bytes(cache)}
     from vla.lerobot_dataset import build_frame_cache
     from vla.lerobot_writer import write_dataset

@@ -10,12 +10,13 @@ import pytest
 import sim.dagger
 import sim.evaluate
 from sim import demonstration
-from sim.correction import CorrectionSettings, correct
+from sim.correction import FOLLOWED, CorrectionSettings, correct
 from sim.dagger import DaggerConfig, dagger
 from sim.rollout import rollout
 from sim.seeds import start
-from tests.point_world import CRASH_INDEX, PointExpert, PointPolicy, PointWorld, build_point_world, point_expert
-from vla.frame_cache import FrameCache
+from tests.point_world import CRASH_INDEX, STEP, PointExpert, PointPolicy, PointWorld, build_point_world, point_expert
+from vla.data import ActionWindows
+from vla.frame_cache import FrameCache, FrameCacheWriter
 
 SETTINGS = CorrectionSettings(
     suite="libero_object", image_size=8, action_horizon=4, execution_horizon=4, max_steps=30, mixing=0.5, folder=Path(".")
@@ -55,6 +56,26 @@ def test_every_label_is_what_the_expert_does_at_the_state_beside_it(mixing):
     for state, label in zip(episode.state, episode.action):
         world.position = state.astype(np.float64)
         np.testing.assert_allclose(label, PointExpert(False).action(world.world()), atol=1e-5)
+
+
+@pytest.mark.parametrize("mixing", [0.0, 0.5, 1.0])
+def test_a_chunk_of_labels_leads_where_its_later_labels_stand(mixing, tmp_path):
+    """Else a correction of one step, repeated because the policy did not take it, would be learnt as a chunk of eight."""
+    episode, _ = run(mixing)
+    with FrameCacheWriter(tmp_path / "cache", PointWorld().spec) as writer:
+        writer.add_episode(
+            episode.images, episode.state, episode.action, instruction="", task=1, followed=episode.followed
+        )
+    windows = ActionWindows(FrameCache.open(tmp_path / "cache"), 8)
+    batch = windows.gather(np.arange(len(windows)))
+    for row, (actions, pad) in enumerate(zip(batch.actions, batch.is_pad)):
+        count = int((~pad).sum())
+        assert count >= 1 and not pad[:count].any()
+        led_to = episode.state[row] + STEP * np.cumsum(actions[: count - 1, :3], axis=0)
+        stands = episode.state[row + 1 : row + count]
+        assert (np.abs(led_to - stands) <= STEP * FOLLOWED * np.arange(1, count)[:, None] + 1e-6).all()
+    lengths = (~batch.is_pad).sum(axis=1)
+    assert (lengths[:-8] == 8).all() if mixing == 1.0 else lengths.min() == 1
 
 
 @pytest.fixture

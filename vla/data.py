@@ -23,7 +23,7 @@ class Batch:
     state: np.ndarray  # float32 [B, S]
     instructions: tuple[str, ...]  # B
     actions: np.ndarray  # float32 [B, H, D]
-    is_pad: np.ndarray  # bool [B, H], true past the episode's end, where the last action is repeated
+    is_pad: np.ndarray  # bool [B, H], true past the episode's end or a frame not followed: the action before is repeated
 
 
 def is_held_out(episode: np.ndarray, fraction: float) -> np.ndarray:
@@ -43,6 +43,9 @@ def chosen_episodes(cache: FrameCache, tasks: Sequence[int] | None, held_out_fra
 
 class ActionWindows:
     """Every frame of a cache with the `action_horizon` actions from it on; a window never leaves its episode.
+
+    Nor does it go on where another action was executed than the one that stands there (a policy's, which an expert only
+    labelled): the next label answers a state that the window's own actions do not lead to.
 
     cameras: order of the image axis, default the cache's; tasks: only episodes of these suite tasks; held_out_fraction
     and held_out: leave that share of whole episodes out, or take only those.
@@ -83,7 +86,9 @@ class ActionWindows:
         cache, frames = self.cache, self._starts[indices]
         episodes = cache.episode[frames]
         wanted = frames[:, None] + np.arange(self.action_horizon)  # [B, H]
-        end = cache.episode_starts[episodes + 1][:, None]
+        last = cache.episode_starts[episodes + 1][:, None] - 1
+        run = np.logical_and.accumulate(cache.followed[np.minimum(wanted, last)], axis=1).sum(axis=1, keepdims=True)
+        last = np.minimum(last, frames[:, None] + run)
         size = cache.spec.image_size
         images = np.empty((len(frames), len(self.cameras), size, size, 3), dtype=np.uint8)
         for row, frame in enumerate(frames):  # one memcpy each; a fancy index would copy twice
@@ -93,8 +98,8 @@ class ActionWindows:
             images=images,
             state=cache.state[frames],
             instructions=tuple(cache.instructions[i] for i in cache.episode_instructions[episodes]),
-            actions=cache.action[np.minimum(wanted, end - 1)],
-            is_pad=wanted >= end,
+            actions=cache.action[np.minimum(wanted, last)],
+            is_pad=wanted > last,
         )
 
     def frames(self) -> tuple[np.ndarray, np.ndarray]:

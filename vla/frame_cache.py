@@ -5,6 +5,7 @@
     state.npy       float32 [F, S]
     action.npy      float32 [F, D]
     episode.npy     int32 [F]
+    followed.npy    bool [F], whether the next frame is what action[f] led to; without the file it always is
 
 Raw uint8 is read through a memory map: no decoding, and the page cache is the only copy.
 """
@@ -43,7 +44,7 @@ class FrameCacheWriter:
         shutil.rmtree(self._partial, ignore_errors=True)
         self._partial.mkdir(parents=True)
         shapes = {"state": (np.float32, (self.spec.state_dim,)), "action": (np.float32, (self.spec.action_dim,))}
-        shapes["episode"] = (np.int32, ())
+        shapes |= {"episode": (np.int32, ()), "followed": (np.bool_, ())}
         self._files = {name: GrowingArray(self._partial / f"{name}.npy", *kind) for name, kind in shapes.items()}
         for camera in self.spec.cameras:
             writer = open_writer(self.storage, self._partial, camera, self.spec.image_size)
@@ -53,9 +54,19 @@ class FrameCacheWriter:
         return self
 
     def add_episode(
-        self, images: dict[str, np.ndarray], state: np.ndarray, action: np.ndarray, *, instruction: str, task: int
+        self,
+        images: dict[str, np.ndarray],
+        state: np.ndarray,
+        action: np.ndarray,
+        *,
+        instruction: str,
+        task: int,
+        followed: np.ndarray | None = None,
     ) -> None:
-        """images: camera -> uint8 [T, H, W, 3]; state [T, S]; action [T, D]. Raises ValueError on a wrong shape."""
+        """images: camera -> uint8 [T, H, W, 3]; state [T, S]; action [T, D]; followed bool [T], None: everywhere.
+
+        Raises ValueError on a wrong shape.
+        """
         missing = [camera for camera in self.spec.cameras if camera not in images]
         if missing:
             raise ValueError(
@@ -64,6 +75,7 @@ class FrameCacheWriter:
         columns = {f"image.{camera}": images[camera] for camera in self.spec.cameras}
         columns |= {"state": np.asarray(state, np.float32), "action": np.asarray(action, np.float32)}
         columns["episode"] = np.full(len(action), len(self._episodes["length"]), np.int32)
+        columns["followed"] = np.ones(len(action), bool) if followed is None else np.asarray(followed)
         for name, values in columns.items():
             file = self._files[name]
             if values.shape != (len(action), *file.shape) or values.dtype != file.dtype or len(action) == 0:
@@ -123,6 +135,7 @@ class FrameCache:
     state: np.ndarray  # float32 [F, S]
     action: np.ndarray  # float32 [F, D]
     episode: np.ndarray  # int32 [F]
+    followed: np.ndarray  # bool [F]: the next frame is what action[f] led to, as in a demonstration; not where another acted
 
     @classmethod
     def open(cls, root: Path | str) -> "FrameCache":
@@ -161,9 +174,10 @@ class FrameCache:
             state=np.load(root / "state.npy"),
             action=np.load(root / "action.npy"),
             episode=np.load(root / "episode.npy"),
+            followed=np.load(path) if (path := root / "followed.npy").exists() else np.ones(starts[-1], bool),
         )
         size = spec.image_size
-        expected = {"state": (spec.state_dim,), "action": (spec.action_dim,), "episode": ()}
+        expected = {"state": (spec.state_dim,), "action": (spec.action_dim,), "episode": (), "followed": ()}
         found = {name: getattr(cache, name).shape for name in expected}
         expected |= {f"image.{camera}": (size, size, 3) for camera in spec.cameras}
         found |= {f"image.{camera}": frames.shape for camera, frames in cache.images.items()}
