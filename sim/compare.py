@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sim.results import EpisodeRow, read_episodes, wilson
+from sim.results import EpisodeRow, latest_episodes, wilson
 
 Pair = tuple[EpisodeRow, EpisodeRow]
 RESAMPLES = 10_000
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> int:
     for folder in folders:
         if not (folder / "episodes.jsonl").is_file():
             raise FileNotFoundError(f"no evaluation in {folder}: episodes.jsonl is missing; `vla eval` makes one.")
-        rows.append(read_episodes(folder / "episodes.jsonl"))
+        rows.append(latest_episodes(folder / "episodes.jsonl"))
     pairs = pair_episodes(*rows)
     left_out = min(len(side) for side in rows) - len(pairs)
     Console().print(table(pairs, f"B = {folders[1]}\nagainst A = {folders[0]}"))

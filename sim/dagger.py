@@ -268,6 +268,7 @@ def load_torch_policy(path: str) -> Policy:
 
 def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[Path]) -> str:
     """Go on training from the policy's weights on all data; the new policy's folder."""
+    from multimodal.training_state import last_checkpoint
     from vla.cli import parse_config
     from vla.train import TrainConfig, finished_policy, train_policy
 
@@ -283,7 +284,7 @@ def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[
         arguments.append(f"--dataset.tasks={config.tasks}")
     settings = parse_config(TrainConfig, arguments, verb="train")
     done = finished_policy(settings)
-    return str(done or train_policy(replace(settings, resume=(run / "checkpoints").exists())))
+    return str(done or train_policy(replace(settings, resume=last_checkpoint(run) is not None)))
 
 
 def write_rounds(root: Path, rounds: Sequence[Round]) -> None:

@@ -35,9 +35,9 @@ from sim.job_queue import JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.perturbations.kinds import NONE, PerturbConfig
 from sim.policy_source import PolicySource, answer, attacked, load_source, policy_threads
-from sim.results import EpisodeRow, append_row, differences, eval_info, read_episodes, success_table, tally
+from sim.results import EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
 from sim.seeds import start
-from sim.shards import shard_of
+from sim.shards import episode_list, shard_of
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.video import last_frame, success_grid, write_image
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
@@ -81,7 +81,7 @@ class EvaluateConfig:
     @property
     def episode_list(self) -> list[tuple[int, int]]:
         """(task, episode) of all shards together."""
-        return [(task, episode) for task in self.task_list for episode in range(self.episodes)]
+        return episode_list(self.task_list, self.episodes)
 
     @property
     def protocol_name(self) -> str:
@@ -112,6 +112,8 @@ def evaluate_into(
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
     identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode, "shard": config.shard}
     identity |= {"attack": config.attack} if config.attack else {}
+    if config.shard is not None:  # which episodes are whose depends on how many there are
+        identity |= {"tasks": config.task_list, "episodes": config.episodes}
     if config.mesh_detail != 1:
         identity["mesh_detail"] = config.mesh_detail
         build = functools.partial(build, mesh_detail=config.mesh_detail)
@@ -244,7 +246,7 @@ def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
 
 def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> dict[tuple[int, int], EpisodeRow]:
     """Begin or reopen the folder; (task, episode) -> its latest row. Raises ValueError if the folder is another's."""
-    rows = read_episodes(folder / ROWS)
+    rows = latest_episodes(folder / ROWS)
     if rows and not resume:
         raise ValueError(f"{folder} holds {len(rows)} episodes. Go on with --resume=true or use another --output_dir.")
     settings = folder / SETTINGS
@@ -262,7 +264,7 @@ def resumable(folder: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        count = len(read_episodes(folder / ROWS))
+        count = len(latest_episodes(folder / ROWS))
         raise KeyboardInterrupt(
             f"{count} finished episodes are in {folder / ROWS}. The same command with --resume=true goes on "
             f"(--output_dir={folder})."

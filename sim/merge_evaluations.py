@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from rich.console import Console
 
 from sim.evaluate import INFO, ROWS, SETTINGS
 from sim.folder_lock import locked
-from sim.results import EpisodeRow, append_row, differences, eval_info, read_episodes, success_table, tally
-from sim.shards import parse_shard
+from sim.results import EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
+from sim.shards import episode_list, parse_shard, shard_of
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,8 @@ def merge(config: MergeConfig) -> list[EpisodeRow]:
     check_shards(folders, settings)
     latest: dict[tuple[int, int], tuple[EpisodeRow, Path]] = {}
     for folder in folders:
-        # an episode that was run again after an error has two rows: the later counts
-        own = {(row.task, row.episode): row for row in read_episodes(folder / ROWS)}
+        own = {(row.task, row.episode): row for row in latest_episodes(folder / ROWS)}
+        check_whole(folder, read_settings(folder), own.keys())
         twice = sorted(own.keys() & latest.keys())
         if twice:
             raise ValueError(f"task {twice[0][0]}, episode {twice[0][1]} is in {latest[twice[0]][1]} and in {folder}.")
@@ -45,7 +45,7 @@ def merge(config: MergeConfig) -> list[EpisodeRow]:
     with locked(output):
         if (output / ROWS).exists():
             raise ValueError(f"{output} holds an evaluation already; use another --output_dir.")
-        identity = settings[0] | {"shard": None}
+        identity = {key: value for key, value in settings[0].items() if key not in ("tasks", "episodes")} | {"shard": None}
         (output / SETTINGS).write_text(json.dumps(identity, indent=1))
         for key in sorted(latest):
             row, folder = latest[key]
@@ -80,6 +80,17 @@ def check_shards(folders: Sequence[Path], settings: Sequence[dict[str, Any]]) ->
     if sorted(found) != expected:
         names = sorted(f"{index}/{total}" for index, total in found)
         raise ValueError(f"The shards are {', '.join(names)}; needed once each: 0/{count} to {count - 1}/{count}.")
+
+
+def check_whole(folder: Path, settings: dict[str, Any], found: Collection[tuple[int, int]]) -> None:
+    """Raise ValueError unless a shard has all of its episodes."""
+    every = episode_list(settings["tasks"], settings["episodes"])
+    missing = sorted(set(shard_of(every, settings["shard"])) - set(found))
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} episodes, the first is number {missing[0][1]} of task {missing[0][0]}; finish it "
+            "with `vla eval --resume=true`."
+        )
 
 
 def copy_film(row: EpisodeRow, folder: Path, output: Path) -> None:

@@ -74,6 +74,10 @@ class OperationalSpaceControl:
             controller.joint_vel,
         )
 
+    def look_again(self) -> None:
+        """The arm was moved after `reset`: the first substep reads it as it is."""
+        self._first_reading = None
+
     def substep(self, action: np.ndarray, new_goal: bool) -> None:
         """2 ms of physics under action [7]: pose delta in [-1, 1], gripper -1 open +1 close; new_goal once per action.
 

@@ -71,9 +71,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """What a resumed run must not change but did, e.g. "split was 'validation', is 'official'"; "" if nothing."""
-    changed = [key for key, value in now.items() if before.get(key) != value]
-    return "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+    """What a resumed run must not change but did, e.g. "split was 'validation', is 'official'"; "" if nothing.
+
+    A setting that one side lacks is None there: what is written only when it is not the default counts too.
+    """
+    changed = [key for key in {**now, **before} if before.get(key) != now.get(key)]
+    return "; ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in changed)
 
 
 def read_episodes(path: Path) -> list[EpisodeRow]:
@@ -88,6 +91,12 @@ def read_episodes(path: Path) -> list[EpisodeRow]:
                 "Use a new --output_dir."
             )
     return [EpisodeRow(**row) for row in rows]
+
+
+def latest_episodes(path: Path) -> list[EpisodeRow]:
+    """The latest row of each episode, by task and number: one that was run again after an error has two."""
+    rows = {(row.task, row.episode): row for row in read_episodes(path)}
+    return [rows[key] for key in sorted(rows)]
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:

@@ -241,6 +241,11 @@ class Arm:
         self.environment.sim.forward()
         self._observed.take(self.data)
 
+    def arm_moved(self) -> None:
+        """After somebody wrote into the arm's joints: `forward`, and its control starts from where it is."""
+        self.forward()
+        self._control.look_again()
+
     def world(self, goal: tuple[tuple[str, ...], ...], achieved: tuple[bool, ...]) -> World:
         """What experts see; `achieved` is as long as `goal`."""
         data = self.data

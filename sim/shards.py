@@ -14,6 +14,11 @@ def parse_shard(text: str) -> tuple[int, int]:
     return int(index), int(count)
 
 
+def episode_list(tasks: Sequence[int], episodes: int) -> list[tuple[int, int]]:
+    """(task, episode) of an evaluation, all shards together."""
+    return [(task, episode) for task in tasks for episode in range(episodes)]
+
+
 def shard_of(items: Sequence[T], shard: str | None) -> list[T]:
     """Every n-th item from the i-th on; all without a shard. Raises ValueError if nothing is left to do."""
     if shard is None:

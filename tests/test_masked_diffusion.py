@@ -76,7 +76,7 @@ def test_rules_doubt_what_their_definition_says():
     state = RoundState(
         confidence=torch.tensor([[0.9, 0.2, 0.5]]),
         committed_confidence=torch.tensor([[0.9, 0.3, 0.95]]),
-        doubt_share=torch.softmax(-torch.tensor([[0.9, 0.3, 0.95]]), dim=1),
+        relative_doubt=3 * torch.softmax(-torch.tensor([[0.9, 0.3, 0.95]]), dim=1),
         progress=0.5,
         next_progress=0.75,
         noise=torch.tensor([[0.999, 0.999, 0.999]]),
@@ -88,3 +88,15 @@ def test_rules_doubt_what_their_definition_says():
         "residual_drop": [False, False, True],
         "remdm": [False, False, False],
     }
+
+
+def test_remdm_remasks_at_its_rate_and_the_less_confident_more_often():
+    committed = torch.tensor([[0.9, 0.3, 0.95, 0.6]])
+    relative = 4 * torch.softmax(-committed, dim=1)
+    draws = torch.rand(20_000, 4, generator=seeded())
+    state = RoundState(committed, committed, relative, progress=0.5, next_progress=0.75, noise=draws)
+    rates = (REMASK_RULES["remdm"](state) > 0).float().mean(0)
+    alpha = [1 - math.cos(0.5 * math.pi * progress) for progress in (0.5, 0.75)]
+    sigma = 0.2 * min(1.0, (1 - alpha[1]) / alpha[0])
+    assert abs(float(rates.mean()) - sigma) < 0.01
+    assert rates[1] > rates[3] > rates[0] > rates[2]

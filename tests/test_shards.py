@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 import sim.evaluate
+from sim.compare import compare, pair_episodes
 from sim.evaluate import EvaluateConfig, evaluate
 from sim.merge_evaluations import MergeConfig, merge
 from sim.perturbations.kinds import PerturbConfig
-from sim.results import read_episodes
+from sim.results import append_row, latest_episodes, read_episodes
 from sim.shards import parse_shard, shard_of
 from tests.point_world import PointPolicy, build_point_world
 from tests.test_evaluate import CHECKPOINT, outcomes, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
@@ -64,8 +65,33 @@ def test_shards_that_do_not_make_a_whole_are_refused(tmp_path: Path):
     ):
         with pytest.raises(ValueError, match=names):
             merge(MergeConfig([tmp_path / name for name in folders], tmp_path / "merged"))
+    run(settings(tmp_path / "more", episodes=2, shard="2/3"))
+    with pytest.raises(ValueError, match="episodes was 1, is 2"):
+        merge(MergeConfig([tmp_path / name for name in ("s0", "s1", "more")], tmp_path / "merged"))
     with pytest.raises(ValueError, match="shard 3/4 of 3 episodes is empty"):
         run(settings(tmp_path / "empty", episodes=1, shard="3/4"))
+
+
+def test_a_shard_that_was_stopped_is_no_part_of_a_whole(tmp_path: Path):
+    folders = [tmp_path / f"s{index}" for index in range(2)]
+    for index, folder in enumerate(folders):
+        run(settings(folder, episodes=2, shard=f"{index}/2"))
+    rows = (folders[1] / "episodes.jsonl").read_text().splitlines(keepends=True)
+    (folders[1] / "episodes.jsonl").write_text("".join(rows[:-1]))
+    with pytest.raises(ValueError, match="s1 lacks 1 episodes, the first is number 1 of task 2"):
+        merge(MergeConfig(folders, tmp_path / "merged"))
+    run(settings(folders[1], episodes=2, shard="1/2", resume=True))
+    assert len(merge(MergeConfig(folders, tmp_path / "merged"))) == 6
+
+
+def test_an_episode_that_was_run_again_after_an_error_counts_once(tmp_path: Path):
+    rows = run(settings(tmp_path / "run"))
+    path = tmp_path / "run" / "episodes.jsonl"
+    append_row(path, asdict(replace(rows[0], success=not rows[0].success)))
+    latest = latest_episodes(path)
+    assert len(read_episodes(path)) == len(rows) + 1 and len(latest) == len(rows)
+    assert latest[0].success != rows[0].success and latest[1:] == rows[1:]
+    assert compare(pair_episodes(latest, rows)).n == len(rows)
 
 
 def test_rows_say_what_they_were_perturbed_by(tmp_path: Path):

@@ -141,7 +141,7 @@ def _doubt(
     state = RoundState(
         confidence=standing,
         committed_confidence=committed,
-        doubt_share=torch.softmax(-committed, dim=1),
+        relative_doubt=torch.softmax((-committed).masked_fill(~free, -1e9), dim=1) * free.sum(1, keepdim=True),
         progress=(index + 1) / config.rounds,
         next_progress=(index + 2) / config.rounds,
         noise=noise.uniform(standing.shape[1]).float(),

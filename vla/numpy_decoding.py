@@ -142,7 +142,7 @@ def _doubt(
     state = RoundState(
         confidence=standing,
         committed_confidence=committed,
-        doubt_share=softmax(-committed),
+        relative_doubt=softmax(np.where(free, -committed, np.float32(-1e9))) * free.sum(1, keepdims=True),
         progress=(index + 1) / config.rounds,
         next_progress=(index + 2) / config.rounds,
         noise=noise.uniform(standing.shape[1]).astype(np.float32),

@@ -49,7 +49,7 @@ class RoundState:
 
     confidence: Array  # now, probability of the token that stands there
     committed_confidence: Array  # when it was committed
-    doubt_share: Array  # softmax of -committed_confidence over the slots
+    relative_doubt: Array  # softmax of -committed_confidence over the slots that may be doubted, times their number: mean 1
     progress: float  # (round + 1) / rounds, in (0, 1]
     next_progress: float  # the same after the coming round
     noise: Array  # uniform [0, 1), seeded per row
@@ -60,7 +60,7 @@ def remask_none(state: RoundState) -> Array:
 
 
 def remask_threshold(state: RoundState) -> Array:
-    """Doubt what has confidence below 0.5 * progress (the paper's eta_abs, v4 eq. 9)."""
+    """Doubt what has confidence below 0.5 * progress: the paper's eta_abs (v4 eq. 9) of the round that comes next."""
     return 0.5 * state.progress - state.confidence
 
 
@@ -72,13 +72,14 @@ def remask_residual_drop(state: RoundState, drop: float = 0.3) -> Array:
 def remask_remdm(state: RoundState, eta: float = 0.2) -> Array:
     """ReMDM-conf (arXiv 2503.00307): remask with probability eta * sigma_max, more for the less confident.
 
-    sigma_max = min(1, (1 - alpha_next) / alpha_now) with alpha = 1 - mask rate. The share is spread over slots by
-    softmax(-confidence at commit) and drawn with the row's noise.
+    sigma_max = min(1, (1 - alpha_next) / alpha_now) with alpha = 1 - mask rate. The probability is spread over the slots by
+    softmax(-confidence at commit) and drawn with the row's noise. As published, softmax * sigma_max, it sums to sigma over all
+    slots, so that a long chunk is hardly ever remasked; here sigma is its mean over the slots that may be doubted.
     """
     alpha_now = 1.0 - math.cos(0.5 * math.pi * state.progress)
     alpha_next = 1.0 - math.cos(0.5 * math.pi * state.next_progress)
     sigma = eta * min(1.0, (1.0 - alpha_next) / max(alpha_now, 1e-6))
-    return sigma * (state.doubt_share * state.confidence.shape[1]) - state.noise
+    return sigma * state.relative_doubt - state.noise
 
 
 REMASK_RULES: dict[str, Callable[[RoundState], Array]] = {

@@ -66,11 +66,11 @@ class RobotStart(Effect):
             if self.magnitude == 0:
                 return
             arm.data.qpos[joints] = before + self.magnitude * draw
-            arm.forward()
+            arm.arm_moved()
             if penetrations(arm) <= penetrating:
                 return
         arm.data.qpos[joints] = before
-        arm.forward()
+        arm.arm_moved()
 
 
 def movable(environment: Environment, arm: Any) -> list[str]:

@@ -9,7 +9,7 @@ from sim.compare import compare, pair_episodes
 from sim.evaluate import ROWS, SETTINGS
 from sim.perturbations.kinds import KINDS, NONE
 from sim.report.section import Section, markdown_table, percent
-from sim.results import EpisodeRow, mean, read_episodes, tally
+from sim.results import EpisodeRow, latest_episodes, mean, tally
 
 VERSIONS = ("mujoco", "robosuite", "torch", "remask")
 SHOWN_SETTINGS = ("protocol", "execution_horizon", "max_steps", "num_known", "decode")
@@ -18,10 +18,10 @@ INTERVALS = "95 % Wilson"
 
 def read_evaluation(folder: Path) -> list[EpisodeRow]:
     """The latest row of each episode, in order. Raises FileNotFoundError without any."""
-    rows = {(row.task, row.episode): row for row in read_episodes(folder / ROWS)}
+    rows = latest_episodes(folder / ROWS)
     if not rows:
         raise FileNotFoundError(f"no episode in {folder / ROWS}; `vla eval` writes them.")
-    return [rows[key] for key in sorted(rows)]
+    return rows
 
 
 def one_evaluation(folder: Path) -> Section:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sim.evaluate import ROWS
-from sim.results import EpisodeRow, read_episodes, tally
+from sim.results import EpisodeRow, latest_episodes, tally
 
 LAST_SHARE = 0.1  # of the logged losses, over which the final one is averaged
 POLICY = Path("checkpoints") / "last" / "policy"
@@ -104,6 +104,5 @@ def read_evaluations(folders: Iterable[Path]) -> list[EpisodeRow]:
         if not paths:
             raise FileNotFoundError(f"no evaluation in {folder} or one folder below: {ROWS} makes one (`vla eval`).")
         for path in paths:
-            latest = {(row.task, row.episode): row for row in read_episodes(path)}
-            rows += [row for row in latest.values() if row.perturbation == "none"]
+            rows += [row for row in latest_episodes(path) if row.perturbation == "none"]
     return rows

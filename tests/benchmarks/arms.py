@@ -13,7 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sim.results import read_episodes, wilson
+import yaml
+
+from sim.results import differences, latest_episodes, wilson
+from sim.suites import get_suite
 from tests.benchmarks.harness import interleaved, quiet_machine
 from vla.home import remask_home
 
@@ -43,6 +46,8 @@ def add_arm_options(arguments: argparse.ArgumentParser) -> None:
 
 def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> list[list]:
     """Train, evaluate and time the arms under `root`; rows [name, *COLUMNS]. Raises ChildProcessError if a part fails."""
+    for arm in arms:
+        check_arm(arm, root, options)
     for first in range(0, len(arms), options.concurrent):
         group = arms[first : first + options.concurrent]
         running = [(arm, start_training(arm, root, options)) for arm in group]
@@ -76,6 +81,21 @@ def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namesp
     return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
 
+def check_arm(arm: Arm, root: Path, options: argparse.Namespace) -> None:
+    """Raise ValueError if what is kept of an arm was made with other settings or data than these."""
+    identity = {
+        "config": yaml.safe_load(arm.config.read_text()), "settings": list(arm.settings), "dataset": str(options.dataset),
+        "tasks": options.tasks, "minutes": options.minutes, "suite": options.suite,
+    }  # fmt: skip
+    path = root / f"{arm.name}.json"
+    if path.exists():
+        changed = differences(json.loads(path.read_text()), identity)
+        if changed:
+            raise ValueError(f"{root / arm.name} was made otherwise: {changed}. Remove {path.with_suffix('')}* or move {root}.")
+    root.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(identity, indent=1))
+
+
 def policy_of(arm: Arm, root: Path) -> Path:
     return root / arm.name / "checkpoints" / "last" / "policy"
 
@@ -91,7 +111,7 @@ def start_training(arm: Arm, root: Path, options: argparse.Namespace) -> subproc
     ]  # fmt: skip
     if options.tasks:
         command.append(f"--dataset.tasks={options.tasks}")
-    if (run / "checkpoints").exists():
+    if (run / "checkpoints" / "last").exists():
         command.append("--resume")
     return subprocess.Popen(command)
 
@@ -99,7 +119,7 @@ def start_training(arm: Arm, root: Path, options: argparse.Namespace) -> subproc
 def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list:
     """Evaluate one trained arm; its row."""
     run, folder = root / arm.name, root / f"{arm.name}-evaluation"
-    tasks = json.loads(options.tasks) if options.tasks else [0]
+    tasks = json.loads(options.tasks) if options.tasks else range(get_suite(options.suite).num_tasks)
     command = [
         *VLA, "eval", f"--policy.path={policy_of(arm, root)}", f"--suite={options.suite}",
         f"--episodes={options.episodes // len(tasks)}", "--workers=2", "--resume", f"--output_dir={folder}",
@@ -107,7 +127,7 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list:
     if options.tasks:
         command.append(f"--tasks={options.tasks}")
     subprocess.run(command, check=True)
-    rows = list(read_episodes(folder / "episodes.jsonl"))
+    rows = latest_episodes(folder / "episodes.jsonl")
     if any(row.error for row in rows):
         raise ChildProcessError(f"{sum(bool(row.error) for row in rows)} episodes of {arm.name} ended with an error; see {folder}.")
     successes = sum(row.success for row in rows)
