@@ -75,8 +75,10 @@ class OperationalSpaceControl:
         )
 
     def look_again(self) -> None:
-        """The arm was moved after `reset`: the first substep reads it as it is."""
+        """The arm was moved after `reset`: where it is now is what the first substep reads, and what it holds."""
         self._first_reading = None
+        arm = self._read()
+        self._goal_position, self._goal_rotation = arm.position, arm.rotation
 
     def substep(self, action: np.ndarray, new_goal: bool) -> None:
         """2 ms of physics under action [7]: pose delta in [-1, 1], gripper -1 open +1 close; new_goal once per action.

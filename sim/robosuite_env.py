@@ -242,7 +242,7 @@ class Arm:
         self._observed.take(self.data)
 
     def arm_moved(self) -> None:
-        """After somebody wrote into the arm's joints: `forward`, and its control starts from where it is."""
+        """After somebody wrote into the arm's joints: `forward`, and its control holds it where it is."""
         self.forward()
         self._control.look_again()
 

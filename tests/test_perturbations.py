@@ -60,6 +60,18 @@ def test_severity_0_is_the_clean_episode(lift, clean, kind: str):
     assert np.array_equal(states, clean[0]) and same(seen, clean[1])
 
 
+def test_a_drawn_posture_is_where_the_arm_stays_until_it_is_told_to_move(lift):
+    environment = PerturbedEnvironment(lift, PerturbConfig("robot", 5))
+    environment.reset(0, BEGIN)
+    drawn = environment.state()[:3]
+    lift.reset(0, BEGIN)
+    assert np.linalg.norm(lift.state()[:3] - drawn) > 0.03
+    environment.reset(0, BEGIN)
+    for _ in range(3):
+        environment.step(np.zeros(7))
+    assert np.linalg.norm(environment.state()[:3] - drawn) < 0.005
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_seed_repeats_and_looks_leave_the_simulation_alone(lift, clean, kind: str):
     environment = PerturbedEnvironment(lift, PerturbConfig(kind, 4))
