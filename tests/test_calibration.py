@@ -23,6 +23,7 @@ from multimodal.bind.train_calibration import (
     embed_all,
     task_weights,
 )
+from multimodal.checkpoint import load_checkpoint
 from multimodal.schedule import TrainingConfig
 from tests.drawn_shapes import build_task, centers
 from vla.cli import main, parse_config
@@ -169,6 +170,18 @@ def test_every_objective_trains(name: str, tmp_path: Path) -> None:
     assert not torch.allclose(model.embed(inputs), task.encoders["image"].embed(inputs), atol=1e-5)
 
 
+def test_training_knows_nothing_of_unseen_classes(tmp_path: Path) -> None:
+    """Other centers for them change no weight: else they would be negatives, and zero-shot accuracy on them be trained away."""
+    task = build_task()
+    assert task.unseen
+    centers = task.centers.clone()
+    centers[list(task.unseen)] = -centers[list(task.unseen)]
+    config = TrainCalibrationConfig(placement=EVERYTHING, training=SHORT, attack=InnerAttackConfig(steps=1))
+    folders = [calibrate(config, each, tmp_path / name) for name, each in (("own", task), ("other", replace(task, centers=centers)))]
+    first, second = (load_checkpoint(folder).state for folder in folders)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_resumed_calibration_is_the_uninterrupted_one(tmp_path: Path) -> None:
     task = build_task()
     config = TrainCalibrationConfig(placement=EVERYTHING, training=SHORT, attack=InnerAttackConfig(steps=1))
@@ -214,7 +227,7 @@ def test_batches_are_a_function_of_their_index() -> None:
     inputs, labels, frozen, partner = first(0)
     assert torch.allclose(frozen, embed_all(task.encoders["image"], inputs), atol=1e-6) and partner.shape == frozen.shape
     epoch = torch.cat([first(index)[1] for index in range(125)])
-    assert torch.equal(epoch.sort().values, task.splits["train"].labels.sort().values)  # 125 x 16 = 2000: each sample once
+    assert torch.equal(task.seen[epoch].sort().values, task.splits["train"].labels.sort().values)  # 125 x 16 = 2000: each sample once
 
 
 def test_settings_that_cannot_train_are_refused(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from multimodal.bind.classifier import Classifier
 from multimodal.bind.evaluate_calibration import EvaluateCalibrationConfig, evaluate_calibration, headline
 from multimodal.bind.interface import Box
 from multimodal.bind.intervals import Share, lower_bound, upper_tail
-from multimodal.bind.robustness import NAIVE, QUICK, gallery_of, retrieve
+from multimodal.bind.robustness import NAIVE, QUICK, retrieve
 from multimodal.bind.robustness_report import AccuracyRow, RobustnessReport
 from multimodal.bind.sanity import REQUIRED, Check, SanityBlock, SanityConfig, sanity_checks
+from multimodal.bind.train_calibration import embed_all
 from tests.drawn_shapes import build_task
 
 BRIEF = SanityConfig(epsilons=(1.0, 4.0, 16.0, 64.0), steps=(1, 5, 15), restarts=(1, 2), queries=60, binarised=12)
@@ -131,10 +132,10 @@ def test_epsilon_zero_equals_clean_and_worst_is_worst() -> None:
 def test_retrieval_counts_and_attacks_ranks() -> None:
     task, inputs, _ = scene(24)
     encoder, images = task.encoders["heat"], task.splits["test"].inputs["image"][:24]
-    own = gallery_of(encoder, inputs)
+    own = embed_all(encoder, inputs)
     perfect = retrieve(encoder, inputs, own, steps_of_255=0, attack_steps=3, seed=0, ranks=(1, 5))
     assert perfect.recall[1].count == 24
-    gallery = gallery_of(task.encoders["image"], images)
+    gallery = embed_all(task.encoders["image"], images)
     clean = retrieve(encoder, inputs, gallery, steps_of_255=0, attack_steps=3, seed=0, ranks=(1, 5, 10))
     order = (encoder.embed(inputs) @ gallery.T).argsort(1, descending=True)
     for rank in (1, 5, 10):

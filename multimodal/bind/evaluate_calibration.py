@@ -14,11 +14,11 @@ from multimodal.bind.certificate import SmoothingConfig, certify
 from multimodal.bind.classifier import Classifier, check_modality
 from multimodal.bind.intervals import Share
 from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig
-from multimodal.bind.robustness import AttackSuite, gallery_of, retrieve, share_of
+from multimodal.bind.robustness import AttackSuite, retrieve, share_of
 from multimodal.bind.robustness_report import AccuracyRow, CertificateRow, RetrievalRow, RobustnessReport
 from multimodal.bind.sanity import SanityConfig, sanity_checks
 from multimodal.bind.task import BindTask, count_weights, trunk_of
-from multimodal.bind.train_calibration import task_weights
+from multimodal.bind.train_calibration import embed_all, task_weights
 from multimodal.config import check_choice
 
 
@@ -87,14 +87,19 @@ def evaluate_calibration(config: EvaluateCalibrationConfig, task: BindTask) -> R
 
 def sample(task: BindTask, modality: str, mask: Tensor, place: int, count: int) -> tuple[Tensor, Tensor]:
     """The `place`-th run of `count` test samples where the mask holds, in one fixed random order; it wraps at the end."""
-    rows = mask.nonzero()[:, 0]
+    rows = shuffled_rows(mask)
     if len(rows) == 0:
         raise ValueError("The test split has no sample of these classes; make it larger.")
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
     count = min(count, len(rows))
     rows = rows[(torch.arange(count) + place * count) % len(rows)]
     bound = task.splits["test"]
     return bound.inputs[modality][rows], bound.labels[rows]
+
+
+def shuffled_rows(mask: Tensor) -> Tensor:
+    """Where the mask holds, in one fixed random order: files stand class by class, views of one body side by side."""
+    rows = mask.nonzero()[:, 0]
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
 
 def accuracy_row(
@@ -108,10 +113,11 @@ def accuracy_row(
     epsilon: float,
     flags: list[str],
 ) -> AccuracyRow:
-    """One cell. The interval pools the seeds, and counts a sample that two seeds share once a seed: keep samples x seeds <= test."""
+    """One cell. The interval pools the seeds, which share no sample: each takes fewer where the split holds too few for all."""
     radius, totals, per_seed = model.encoder.box.radius(epsilon), {}, []
+    count = min(config.samples, max(1, int(mask.sum()) // len(config.seeds)))
     for place, seed in enumerate(config.seeds):
-        inputs, labels = sample(task, config.modality, mask, place, config.samples)
+        inputs, labels = sample(task, config.modality, mask, place, count)
         survived = config.suite.run(model, inputs, labels, radius, seed, None if model is frozen else frozen, flags)
         per_seed.append(float(survived["worst"].float().mean()))
         for attack, values in survived.items():
@@ -126,9 +132,9 @@ def retrieval_rows(config: EvaluateCalibrationConfig, task: BindTask, encoders: 
     if gallery_name is None:
         return []
     bound = task.splits["test"]
-    count = min(config.retrieval_samples, len(bound.labels))
-    gallery = gallery_of(check_modality(task.encoders, gallery_name), bound.inputs[gallery_name][:count])
-    queries, seed = bound.inputs[config.modality][:count], config.seeds[0]
+    chosen = shuffled_rows(torch.ones_like(bound.labels, dtype=torch.bool))[: config.retrieval_samples]
+    gallery = embed_all(check_modality(task.encoders, gallery_name), bound.inputs[gallery_name][chosen])
+    queries, seed = bound.inputs[config.modality][chosen], config.seeds[0]
     rows = []
     for name, encoder in encoders.items():
         for epsilon in (0.0, *config.epsilons):

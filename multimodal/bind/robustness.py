@@ -22,7 +22,6 @@ from multimodal.bind.classifier import Classifier, center_logits
 from multimodal.bind.interface import ModalityEncoder
 from multimodal.bind.intervals import Share
 from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig, autoattack, foolbox_pgd
-from multimodal.bind.train_calibration import embed_all
 
 NAIVE = "naive"  # what a weak evaluation would have said; never part of the worst case
 
@@ -156,10 +155,6 @@ def retrieve(
         for rank in ranks:
             hit[rank] &= better < rank
     return Retrieval({rank: Share(int(values.sum()), len(values)) for rank, values in hit.items()})
-
-
-def gallery_of(encoder: ModalityEncoder, inputs: Tensor) -> Tensor:
-    return embed_all(encoder, inputs)
 
 
 def share_of(survived: Tensor) -> Share:

@@ -58,6 +58,11 @@ class BindTask:
         """bool [N]"""
         return torch.isin(bound.labels, torch.tensor(self.unseen, dtype=torch.long))
 
+    @property
+    def seen(self) -> Tensor:
+        """The other classes: int64 [S]. Training knows their centers alone: a negative is something that was seen too."""
+        return torch.tensor([index for index in range(len(self.class_names)) if index not in self.unseen])
+
 
 def trunk_of(encoder: ModalityEncoder) -> nn.Module:
     """The module that holds an encoder's weights: the encoder itself, or the modules among its attributes."""

@@ -62,7 +62,7 @@ def calibrate(config: TrainCalibrationConfig, task: BindTask, output_dir: Path) 
         raise ValueError("Nothing to train: give --placement.head, --placement.adapters.lora_rank or --placement.adapters.tune_norms.")
     print(model.shares(task_weights(task)))
     source = CalibrationBatches(task, config.modality, config.partner, config.training.batch_size, config.training.seed)
-    loss = CalibrationLoss(config.objective, config.attack, task.centers)
+    loss = CalibrationLoss(config.objective, config.attack, task.centers[task.seen])
 
     def save(folder: Path, state: dict[str, Tensor]) -> Path:
         return save_calibration(folder, model, state, {"epsilon": config.attack.epsilon, "steps": config.training.steps})
@@ -77,11 +77,14 @@ def task_weights(task: BindTask) -> int:
 
 
 class CalibrationBatches:
-    """Micro-batch `index` of the endless stream: every epoch its own permutation of the training samples."""
+    """Micro-batch `index` of the endless stream: every epoch its own permutation of the training samples.
+
+    Labels are places among the task's seen classes.
+    """
 
     def __init__(self, task: BindTask, modality: str, partner: str | None, batch_size: int, seed: int) -> None:
         bound = task.splits["train"]
-        self.inputs, self.labels = bound.inputs[modality], bound.labels
+        self.inputs, self.labels = bound.inputs[modality], torch.searchsorted(task.seen, bound.labels)
         self.frozen = embed_all(task.encoders[modality], self.inputs)
         self.partner = None if partner is None else embed_all(task.check(partner), bound.inputs[partner])
         self.batch_size, self.seed = min(batch_size, len(self.labels)), seed
