@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sim.results import EpisodeRow, latest_episodes, wilson
+from sim.results import EpisodeRow, differences, latest_episodes, wilson
 
 Pair = tuple[EpisodeRow, EpisodeRow]
 RESAMPLES = 10_000
@@ -63,6 +63,16 @@ def _by_start(rows: Iterable[EpisodeRow]) -> dict[tuple, EpisodeRow]:
             raise ValueError(f"Two rows of one evaluation start alike: {key(row)}. Give one evaluation's folder per side.")
         found[key(row)] = row
     return found
+
+
+def check_protocols(a: Path, b: Path) -> None:
+    """Raise ValueError if two evaluations' episodes began or ended by different rules: their starts are then not the same."""
+    found = [json.loads(path.read_text()) for folder in (a, b) if (path := folder / "settings.json").exists()]
+    if len(found) == 2:
+        rules = [{name: settings.get(name) for name in ("protocol", "max_steps")} for settings in found]
+        changed = differences(*rules)
+        if changed:
+            raise ValueError(f"{a} and {b} follow different protocols: {changed} (A was, B is). Evaluate both by one.")
 
 
 def compare(pairs: Sequence[Pair], *, resamples: int = RESAMPLES, seed: int = 0) -> Comparison:
@@ -140,6 +150,7 @@ def main(argv: Sequence[str]) -> int:
         if not (folder / "episodes.jsonl").is_file():
             raise FileNotFoundError(f"no evaluation in {folder}: episodes.jsonl is missing; `vla eval` makes one.")
         rows.append(latest_episodes(folder / "episodes.jsonl"))
+    check_protocols(*folders)
     pairs = pair_episodes(*rows)
     left_out = min(len(side) for side in rows) - len(pairs)
     Console().print(table(pairs, f"B = {folders[1]}\nagainst A = {folders[0]}"))

@@ -76,6 +76,10 @@ def test_the_verb_prints_a_table_and_writes_the_result(tmp_path, capsys):
     assert (found["n"], found["only_a"], found["only_b"], found["p_value"]) == (4, 0, 2, 0.5)
     with pytest.raises(FileNotFoundError, match="episodes.jsonl"):
         main([str(tmp_path / "a"), str(tmp_path)])
+    for name, protocol in (("a", "openpi"), ("b", "lerobot")):
+        (tmp_path / name / "settings.json").write_text(json.dumps({"protocol": protocol, "max_steps": 220}))
+    with pytest.raises(ValueError, match="protocol was 'openpi', is 'lerobot'"):
+        main([str(tmp_path / "a"), str(tmp_path / "b")])
 
 
 def test_a_policy_compared_with_itself_differs_nowhere(tmp_path, monkeypatch):

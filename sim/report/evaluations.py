@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.compare import compare, pair_episodes
+from sim.compare import compare, key, pair_episodes
 from sim.evaluate import ROWS, SETTINGS
 from sim.perturbations.kinds import KINDS, NONE
 from sim.report.section import Section, markdown_table, percent
@@ -94,7 +94,7 @@ def measures(rows: Sequence[EpisodeRow]) -> list[Any]:
 
 def paired(first: Sequence[EpisodeRow], rows: Sequence[EpisodeRow]) -> str:
     """Difference in points with its interval, and McNemar's p; empty if the two share no start."""
-    if not {row.seed for row in first} & {row.seed for row in rows} or first[0].suite != rows[0].suite:
+    if not {key(row) for row in first if not row.error} & {key(row) for row in rows if not row.error}:
         return ""
     found = compare(pair_episodes(first, rows))
     low, high = found.interval
