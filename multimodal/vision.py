@@ -7,6 +7,9 @@ from multimodal.config import VisionConfig
 from multimodal.published_towers import build_timm_vit, build_transformers_tower
 
 
+IMAGE_LAYOUT = torch.channels_last  # of images and convolution weights; what it is worth: `vla bench training`
+
+
 class VisionTower(nn.Module):
     """One tower shared by all cameras; its feature map or patch tokens in row-major order."""
 
@@ -19,7 +22,7 @@ class VisionTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images: float [B, C, 3, H, W], normalised by multimodal.images. Returns [B, C * P, width]."""
         batch, cameras = images.shape[:2]
-        flat = images.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        flat = images.flatten(0, 1).contiguous(memory_format=IMAGE_LAYOUT)
         tokens = self.tower(flat)  # [B * C, P, width]
         return tokens.reshape(batch, cameras * tokens.shape[1], tokens.shape[2])
 
@@ -44,7 +47,7 @@ class _TimmTower(nn.Module):
             stage = len(timm.create_model(config.name, features_only=True, **options).feature_info) + stage
         self.features = timm.create_model(
             name, pretrained=pretrained, features_only=True, out_indices=(stage,), **options
-        ).to(memory_format=torch.channels_last)
+        ).to(memory_format=IMAGE_LAYOUT)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.features(images)[0].flatten(2).transpose(1, 2)

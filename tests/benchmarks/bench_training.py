@@ -1,15 +1,19 @@
 """Time and memory of one training step of the desk policy, and what each measure taken for it buys.
 
-Variants, all on the same synthetic batch: the shipped path; without each of its measures in turn.
+Variants, all on the same synthetic batch: the shipped path; without each of its measures in turn; with what was tried and not
+taken (torch.compile, which needs a C++ compiler, is left out without one).
 """
 
 import argparse
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -22,7 +26,10 @@ from vla.heads import build_head
 from vla.model import VLA, VLAConfig
 
 TOKENIZER = ActionTokenizer(low=(-1.0,) * 7, high=(1.0,) * 7, bins=(255,) * 7, binary=(6,))
-SHIPPED = {"precision": "bf16", "draws": 2, "share_prefix": True, "attention": "products"}
+SHIPPED = {
+    "precision": "bf16", "draws": 2, "share_prefix": True, "attention": "products", "preset": "desk", "compiled": False,
+    "channels_last": True,
+}  # fmt: skip
 VARIANTS = {
     "shipped": {},
     "float32": {"precision": "fp32"},
@@ -30,6 +37,9 @@ VARIANTS = {
     "prefix encoded per draw": {"share_prefix": False},
     "one draw": {"draws": 1},
     "four draws": {"draws": 4},
+    "image tower not channels-last": {"channels_last": False},
+    "norms, rotation and gated MLP compiled": {"compiled": True},
+    "preset desk-s": {"preset": "desk-s"},
 }
 
 
@@ -44,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         print(peak_of(step))
         return 0
     with quiet_machine():
-        steps = {name: build_step(options.batch_size, **(SHIPPED | change)) for name, change in VARIANTS.items()}
+        able = shutil.which("g++") is not None
+        chosen = {name: change for name, change in VARIANTS.items() if able or not change.get("compiled")}
+        steps = {name: build_step(options.batch_size, **(SHIPPED | change)) for name, change in chosen.items()}
         seconds = interleaved(steps, options.repetitions)
         rows = []
         for name, times in seconds.items():
@@ -59,11 +71,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def build_step(batch_size: int, *, precision: str, draws: int, share_prefix: bool, attention: str):
+def build_step(
+    batch_size: int, *, precision: str, draws: int, share_prefix: bool, attention: str, preset: str, compiled: bool, channels_last: bool
+):
     """A function that does one optimiser step on a fixed batch of 128-pixel frames."""
     torch.manual_seed(0)
-    config = VLAConfig(vlm=get_preset("desk"), num_action_ids=TOKENIZER.vocab_size)
+    config = VLAConfig(vlm=get_preset(preset), num_action_ids=TOKENIZER.vocab_size)
     model = VLA(config).train()
+    size = config.vlm.vision.image_size
     repeats = 1 if share_prefix else draws
     head = build_head(HeadConfig(mask_draws=draws if share_prefix else 1), TOKENIZER)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -74,12 +89,14 @@ def build_step(batch_size: int, *, precision: str, draws: int, share_prefix: boo
     tokens[..., 6] = 255
     zeros = torch.zeros(batch_size, 8, 7)
     target = ActionBatch(tokens, zeros, zeros, torch.zeros(batch_size, 8, dtype=torch.bool))
-    sdpa = replace_attention(attention)
+    patches = [*attention_patches(attention), *(compiled_patches() if compiled else ()), *layout_patches(model, channels_last)]
 
     def step() -> None:
-        with sdpa, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with ExitStack() as stack, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            for patch in patches:
+                stack.enter_context(patch)
             for _ in range(repeats):
-                images = prepare_images(frames, ImageConfig(), generator)
+                images = prepare_images(frames, ImageConfig(crop=112, size=size), generator)
                 prefix = model.prefill(*model.embed_prefix(images, state, text, torch.ones_like(text, dtype=torch.bool)))
                 loss = head.loss(model, prefix, target, generator)
                 (loss.loss_sum / loss.normalizer).backward()
@@ -89,16 +106,36 @@ def build_step(batch_size: int, *, precision: str, draws: int, share_prefix: boo
     return step
 
 
-def replace_attention(name: str):
-    """A context in which `attend` is torch's own for every dtype ("sdpa"), or as it is."""
-    from unittest.mock import patch
-
+def attention_patches(name: str) -> list:
+    """Contexts in which `attend` is torch's own for every dtype ("sdpa"); none for it as it is."""
     import multimodal.attention as module
 
     def sdpa(query, keys, values, mask):
         return torch.nn.functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
 
-    return patch.object(module, "attend", sdpa if name == "sdpa" else module.attend)
+    return [patch.object(module, "attend", sdpa)] if name == "sdpa" else []
+
+
+def compiled_patches() -> list:
+    """Contexts in which torch.compile fuses what is not a product."""
+    import multimodal.attention as attention
+    import multimodal.layers as layers
+
+    compiled = {owner: torch.compile(owner.forward, dynamic=True) for owner in (layers.RMSNorm, layers.MLP)}
+    return [
+        patch.object(attention, "rotate", torch.compile(layers.rotate, dynamic=True)),
+        *(patch.object(owner, "forward", lambda self, x, run=run: run(self, x)) for owner, run in compiled.items()),
+    ]
+
+
+def layout_patches(model: VLA, channels_last: bool) -> list:
+    """Contexts in which images and the tower's weights lie channel by channel; none for pixel by pixel, as shipped."""
+    if channels_last:
+        return []
+    import multimodal.vision as module
+
+    model.vlm.vision.to(memory_format=torch.contiguous_format)
+    return [patch.object(module, "IMAGE_LAYOUT", torch.contiguous_format)]
 
 
 def peak_of(step) -> float:
