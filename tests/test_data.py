@@ -181,6 +181,23 @@ def test_held_out_episodes_are_whole_and_disjoint_and_a_fair_share(tmp_path):
         ActionWindows(cache, H, held_out_fraction=0.0, held_out=True)
 
 
+def test_fewer_demonstrations_are_the_first_of_each_task_and_the_held_out_ones_stay(tmp_path):
+    cache = write(tmp_path / "cache", lengths=(2,) * 40)
+    shares = {"held_out_fraction": 0.25}
+    every, held = ActionWindows(cache, H, **shares), ActionWindows(cache, H, **shares, held_out=True, episodes_per_task=3)
+    assert len(held) == len(ActionWindows(cache, H, **shares, held_out=True))
+    seen: set[float] = set()
+    for count in (1, 3, 7):
+        few = ActionWindows(cache, H, **shares, episodes_per_task=count)
+        episodes = set(few.frames()[0][:, 1])
+        tasks = set(cache.episode_tasks.tolist())
+        assert few.num_episodes == len(episodes) == count * len(tasks) and seen <= episodes <= set(every.frames()[0][:, 1])
+        seen = episodes
+    assert ActionWindows(cache, H, **shares, episodes_per_task=1000).num_episodes == every.num_episodes
+    with pytest.raises(ValueError, match="episodes_per_task is 0"):
+        ActionWindows(cache, H, episodes_per_task=0)
+
+
 # --------------------------------------------------------------------------------------------------------------- batches
 
 

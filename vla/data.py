@@ -35,10 +35,20 @@ def is_held_out(episode: np.ndarray, fraction: float) -> np.ndarray:
     return (0.5 + (np.asarray(episode) + 1) * _GOLDEN_RATIO) % 1.0 < fraction
 
 
-def chosen_episodes(cache: FrameCache, tasks: Sequence[int] | None, held_out_fraction: float, held_out: bool) -> np.ndarray:
-    """Which episodes of a cache belong to these tasks and to this side of the split: bool [num_episodes]."""
+def chosen_episodes(
+    cache: FrameCache, tasks: Sequence[int] | None, held_out_fraction: float, held_out: bool, most: int | None = None
+) -> np.ndarray:
+    """Which episodes of a cache belong to these tasks and to this side of the split: bool [num_episodes].
+
+    most: the first so many of each task, of those that are not held out; what is held out stays the same.
+    """
     chosen = is_held_out(np.arange(cache.num_episodes), held_out_fraction) == held_out
-    return chosen if tasks is None else chosen & np.isin(cache.episode_tasks, tasks)
+    if tasks is not None:
+        chosen &= np.isin(cache.episode_tasks, tasks)
+    if most is not None and not held_out:
+        for task in np.unique(cache.episode_tasks):
+            chosen[np.flatnonzero(chosen & (cache.episode_tasks == task))[most:]] = False
+    return chosen
 
 
 class ActionWindows:
@@ -48,7 +58,7 @@ class ActionWindows:
     labelled): the next label answers a state that the window's own actions do not lead to.
 
     cameras: order of the image axis, default the cache's; tasks: only episodes of these suite tasks; held_out_fraction
-    and held_out: leave that share of whole episodes out, or take only those.
+    and held_out: leave that share of whole episodes out, or take only those; episodes_per_task: train on so many at most.
     """
 
     def __init__(
@@ -60,7 +70,10 @@ class ActionWindows:
         tasks: Sequence[int] | None = None,
         held_out_fraction: float = 0.0,
         held_out: bool = False,
+        episodes_per_task: int | None = None,
     ) -> None:
+        if episodes_per_task is not None and episodes_per_task < 1:
+            raise ValueError(f"episodes_per_task is {episodes_per_task}; at least 1, or null for all.")
         self.cache, self.action_horizon = cache, action_horizon
         self.cameras = tuple(cameras or cache.spec.cameras)
         missing = [camera for camera in self.cameras if camera not in cache.images]
@@ -70,12 +83,13 @@ class ActionWindows:
         if tasks is not None and not set(tasks) <= set(available):
             unknown = sorted(set(tasks) - set(available))
             raise ValueError(f"No episodes of tasks {unknown} in {cache.root}; it holds tasks {available}.")
-        chosen = chosen_episodes(cache, tasks, held_out_fraction, held_out)
+        chosen = chosen_episodes(cache, tasks, held_out_fraction, held_out, episodes_per_task)
         if not chosen.any():
             raise ValueError(
                 f"No episode left in {cache.root}: {cache.num_episodes} episodes, held_out_fraction "
                 f"{held_out_fraction}, held_out {held_out}. Collect more episodes or change the fraction."
             )
+        self.num_episodes = int(chosen.sum())
         self._starts = np.flatnonzero(chosen[cache.episode])
 
     def __len__(self) -> int:

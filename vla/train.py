@@ -44,6 +44,7 @@ class DatasetConfig:
     weights: list[float] | None = None  # share of each root; default by size
     tasks: list[int] | None = None  # of the suite; default: all
     held_out_fraction: float = 0.05  # whole episodes kept from training, for the held-out error
+    episodes_per_task: int | None = None  # train on the first so many of each task and root; default: all
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def build_assets(config: TrainConfig, mixture: WindowMixture) -> PolicyAssets:
         "datasets": [source.cache.root.name for source in mixture.sources],
         "tasks": config.dataset.tasks,
         "frames": len(mixture),
-        "episodes": sum(source.cache.num_episodes for source in mixture.sources),
+        "episodes": sum(source.num_episodes for source in mixture.sources),
         "seed": config.training.seed,
         "objective": config.objective,
         "training": asdict(config.training),
@@ -297,11 +298,14 @@ def open_windows(config: TrainConfig, *, held_out: bool) -> list[ActionWindows]:
     Raises FileNotFoundError naming the command that makes a missing one.
     """
     given, fraction, tasks = config.dataset.root, config.dataset.held_out_fraction, config.dataset.tasks
+    most = config.dataset.episodes_per_task
     if not given:
         raise ValueError("No data set: give --dataset.root=FOLDER (made by `vla collect`).")
     roots = [Path(root).expanduser() for root in (given if isinstance(given, list) else [given])]
     return [
-        ActionWindows(cache, config.model.action_horizon, tasks=tasks, held_out_fraction=fraction, held_out=held_out)
+        ActionWindows(
+            cache, config.model.action_horizon, tasks=tasks, held_out_fraction=fraction, held_out=held_out, episodes_per_task=most
+        )  # fmt: skip
         for cache in map(FrameCache.open, roots)
         if not held_out or chosen_episodes(cache, tasks, fraction, held_out=True).any()
     ]
