@@ -1,6 +1,8 @@
-"""Laws of the studies' arms: one thing is changed at a time, the base is not run twice, every remasking rule is among them."""
+"""Laws of the studies' arms: one thing is changed at a time, every remasking rule is there, all are paired with the first."""
 
 import argparse
+import json
+import sys
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -9,12 +11,15 @@ import yaml
 
 from sim.evaluate import EvaluateConfig
 from sim.policy_source import PolicySource
-from tests.benchmarks import bench_options, bench_prefix, studies
+from sim.report.verb import build_section
+from tests.benchmarks import arms as compared
+from tests.benchmarks import bench_options, bench_prefix, harness, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
 from tests.benchmarks.bench_options import OPTIONS, arms_of
 from tests.benchmarks.bench_prefix import COMPRESSORS
 from tests.point_world import PointPolicy, build_point_world
 from tests.test_evaluate import CHECKPOINT, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
+from tests.test_report import episode
 from tests.tiny_policy import write_policy
 from vla.cli import parse_config
 from vla.model import VLAConfig
@@ -45,8 +50,8 @@ def test_the_study_is_drawn_with_or_without_some_of_its_variants(tmp_path: Path)
 def arms(tmp_path: Path, **changes):
     base = {"model": {"preset": "desk-s"}, "objective": {"type": "hl_gauss", "sigma": 2.0}, "head": {"mask_draws": 2}}
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    options = argparse.Namespace(**{"config": tmp_path / "base.yaml", "options": list(OPTIONS), "backbone": None, **changes})
-    return base, arms_of(options, tmp_path / "arms")
+    given = {"config": tmp_path / "base.yaml", "options": list(OPTIONS), "seeds": [0], "backbone": None, **changes}
+    return base, arms_of(argparse.Namespace(**given), tmp_path / "arms")
 
 
 def test_an_option_changes_one_section_of_the_base(tmp_path: Path):
@@ -58,6 +63,45 @@ def test_an_option_changes_one_section_of_the_base(tmp_path: Path):
     assert found[-1].settings == ("--policy.backbone.path=VLM",)
     names = [arm.name for arm in found]
     assert len(names) == len(set(names)) and "objective-hl_gauss" not in names and "mask_draws-2" not in names
+
+
+def test_further_seeds_train_the_base_again_and_the_first_trains_all(tmp_path: Path):
+    _, found = arms(tmp_path, seeds=[0, 1, 1], options=["mask_draws"])
+    assert [arm.name for arm in found] == ["base", "base, seed 1", "mask_draws-1", "mask_draws-4", "mask_draws-8"]
+    words = [[f"--config_path={arm.config}", f"--output_dir={tmp_path / arm.name}"] for arm in found]
+    configs = [parse_config(TrainConfig, each) for each in words]
+    assert [config.training.seed for config in configs] == [0, 1, 0, 0, 0]
+    assert replace(configs[1], training=configs[0].training, output_dir=configs[0].output_dir) == configs[0]
+    assert configs[1].output_dir == tmp_path / "base, seed 1"
+    _, found = arms(tmp_path, seeds=[3], options=["mask_draws"])
+    assert {parse_config(TrainConfig, [f"--config_path={arm.config}"]).training.seed for arm in found} == {3}
+
+
+def test_arms_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    solved = {"base": [True, False] * 5, "worse": [False] * 10}
+    found = [compared.Arm(name, tmp_path / "base.yaml") for name in solved]
+    (tmp_path / "base.yaml").write_text("{}")
+    for name in solved:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text('{"step": 7, "validation/action_error": 0.5}\n{"step": 9}\n')
+    monkeypatch.setattr(compared, "start_training", lambda *_: None)
+    monkeypatch.setattr(compared, "chunk_milliseconds", lambda *_: dict.fromkeys(solved, 24.0))
+    monkeypatch.setattr(compared, "evaluate_arm", lambda arm, *_: [episode(0, i, s) for i, s in enumerate(solved[arm.name])])
+    options = argparse.Namespace(dataset="D", tasks="", minutes=1, suite="libero_object", concurrent=2)
+    rows = compared.compare_arms(found, tmp_path, options)
+    base, worse = (dict(zip(compared.COLUMNS, row[1:], strict=True)) for row in rows)
+    assert (base["difference"], base["low"], base["high"], base["p"]) == (0.0, 0.0, 0.0, 1.0)
+    assert worse["difference"] == -50.0 and worse["low"] < -50 < worse["high"] < 0 and worse["p"] == pytest.approx(2 / 2**5)
+    assert (worse["n"], worse["ms per chunk"], worse["steps trained"], worse["held-out error"]) == (10, 24.0, 9, 0.5)
+
+
+def test_a_benchmark_says_its_command_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(harness, "git_commit", lambda: 40 * "a" + "-dirty")
+    monkeypatch.setattr(sys, "argv", ["vla", "bench", "options", "--tasks", "[0, 1]"])
+    harness.report("options-x", ["option"], [["base"]], tmp_path / "bench.json")
+    assert json.loads((tmp_path / "bench.json").read_text())["command"] == sys.argv[1:]
+    facts = build_section("bench.json", tmp_path).facts
+    assert facts["command"] == "`vla bench options --tasks '[0, 1]'`" and facts["commit"] == 12 * "a" + "-dirty"
 
 
 def test_a_prefix_arm_changes_the_compressor_alone_and_can_be_trained(tmp_path: Path):

@@ -1,15 +1,17 @@
 """Sections made of JSON files: benchmarks, DAgger rounds, collections, experts, scaling fits."""
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sim.report.evaluations import shortened
 from sim.report.section import Section, markdown_table, percent
 from sim.results import wilson
 
 SHOWN = ("episodes", "mixing", "decay", "minutes")  # settings of `vla dagger`
-BENCH_KEYS = ("benchmark", "rows", "machine", "versions", "time")  # the others are the benchmark's own facts
+BENCH_KEYS = ("benchmark", "rows", "command", "git_commit", "machine", "versions", "time")  # the others: a benchmark's own
 
 
 def bench(path: Path) -> Section:
@@ -19,13 +21,20 @@ def bench(path: Path) -> Section:
     columns = list(rows[0]) if rows else []
     machine, versions = found.get("machine", {}), found.get("versions", {})
     facts = {
-        "command": f"`vla bench {found['benchmark'].split('-')[0]}`",
+        "command": f"`{bench_command(found)}`",
         "settings": ", ".join(f"{key} {told(value)}" for key, value in found.items() if key not in BENCH_KEYS and value != ""),
+        "commit": shortened(found.get("git_commit", ""), 12),
         "machine": f"{machine.get('processor', 'unknown')}, {machine.get('cores', '?')} cores",
         "versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
         "measured": found.get("time", "")[:10],
     }
     return Section(markdown_table(columns, [[row.get(name) for name in columns] for row in rows]), facts)
+
+
+def bench_command(found: Mapping[str, Any]) -> str:
+    """As it was typed; the verb and the benchmark alone where a file does not say it, and before arguments of a bare module."""
+    words = found.get("command", [])
+    return shlex.join(["vla", *(words if words[:1] == ["bench"] else ["bench", found["benchmark"].split("-")[0], *words])])
 
 
 def told(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Policies compared under one budget: train every arm, evaluate each on the same validation starts, one row an arm.
+"""Policies compared under one budget: train every arm, evaluate each on the same validation starts, paired with the first.
 
 Each arm is one `vla train` process with one thread; `--concurrent` of them train at the same time, so that the machine's other
 load hits them alike. Finished parts are kept, and a second call goes on from there.
@@ -15,13 +15,14 @@ from pathlib import Path
 
 import yaml
 
-from sim.results import differences, latest_episodes, wilson
+from sim.results import EpisodeRow, differences, latest_episodes
 from sim.suites import get_suite
+from tests.benchmarks import studies
 from tests.benchmarks.harness import interleaved, quiet_machine
 from vla.home import remask_home
 
 VLA = [sys.executable, "-m", "vla.cli"]
-COLUMNS = ("success %", "95 % low", "95 % high", "n", "ms per chunk", "rounds", "jerk", "steps trained", "held-out error")
+COLUMNS = (*studies.COLUMNS, "ms per chunk", "steps trained", "held-out error")
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ def add_arm_options(arguments: argparse.ArgumentParser) -> None:
 
 
 def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> list[list]:
-    """Train, evaluate and time the arms under `root`; rows [name, *COLUMNS]. Raises ChildProcessError if a part fails."""
+    """Train, evaluate and time the arms under `root`; rows [name, *COLUMNS], their differences in points to the first arm.
+
+    Raises ChildProcessError if a part fails.
+    """
     for arm in arms:
         check_arm(arm, root, options)
     for first in range(0, len(arms), options.concurrent):
@@ -56,9 +60,9 @@ def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -
             raise ChildProcessError(f"training of {failed} failed; see its output above.")
         for arm in group:
             (root / arm.name / "done").touch()
-    rows = [evaluate_arm(arm, root, options) for arm in arms]
+    found = {arm.name: evaluate_arm(arm, root, options) for arm in arms}
     milliseconds = chunk_milliseconds(arms, root, options)
-    return [[row[0], *row[1:5], milliseconds[row[0]], *row[5:]] for row in rows]
+    return [[*row, milliseconds[row[0]], *end_of_training(root / row[0])] for row in studies.study_rows(found, arms[0].name)]
 
 
 def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> dict[str, float]:
@@ -116,9 +120,9 @@ def start_training(arm: Arm, root: Path, options: argparse.Namespace) -> subproc
     return subprocess.Popen(command)
 
 
-def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list:
-    """Evaluate one trained arm; its row."""
-    run, folder = root / arm.name, root / f"{arm.name}-evaluation"
+def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list[EpisodeRow]:
+    """The episodes of one trained arm. Raises ChildProcessError if one ended with an error: arms are judged on all starts."""
+    folder = root / f"{arm.name}-evaluation"
     tasks = json.loads(options.tasks) if options.tasks else range(get_suite(options.suite).num_tasks)
     command = [
         *VLA, "eval", f"--policy.path={policy_of(arm, root)}", f"--suite={options.suite}",
@@ -130,13 +134,11 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list:
     rows = latest_episodes(folder / "episodes.jsonl")
     if any(row.error for row in rows):
         raise ChildProcessError(f"{sum(bool(row.error) for row in rows)} episodes of {arm.name} ended with an error; see {folder}.")
-    successes = sum(row.success for row in rows)
-    low, high = wilson(successes, len(rows))
+    return rows
+
+
+def end_of_training(run: Path) -> tuple[int, float]:
+    """Steps trained, and the last held-out action error (nan: none was logged)."""
     log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     errors = [entry["validation/action_error"] for entry in log if "validation/action_error" in entry]
-    return [  # COLUMNS but for the milliseconds, which are measured for all arms in turn
-        arm.name, 100 * successes / len(rows), 100 * low, 100 * high, len(rows),
-        statistics.mean(row.rounds for row in rows if row.rounds is not None),
-        statistics.mean(row.jerk for row in rows if row.jerk is not None),
-        log[-1]["step"], errors[-1] if errors else float("nan"),
-    ]  # fmt: skip
+    return log[-1]["step"], errors[-1] if errors else float("nan")

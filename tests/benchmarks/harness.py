@@ -10,12 +10,15 @@ import os
 import platform
 import signal
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from sim.evaluate import git_commit
 
 _OWN_VERBS = (
     *("demo", "collect", "corpus", "train", "train-vlm", "train-bind", "train-draft", "calibrate", "dagger"),
@@ -72,7 +75,7 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 
 def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], output: Path | None, **facts: Any) -> None:
-    """Print the rows as a table and write them with machine and versions to JSON."""
+    """Print the rows as a table and write them with command, commit, machine and versions to JSON."""
     from rich.console import Console
     from rich.table import Table
 
@@ -87,6 +90,8 @@ def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], out
         "benchmark": name,
         "rows": [dict(zip(columns, row, strict=True)) for row in rows],
         **facts,
+        "command": sys.argv[1:],
+        "git_commit": git_commit(),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "load": os.getloadavg()},
         "versions": {"python": platform.python_version()} | {package: _version(package) for package in ("torch", "mujoco", "timm")},
         "time": time.strftime("%Y-%m-%dT%H:%M:%S"),
