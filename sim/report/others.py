@@ -144,13 +144,14 @@ def collection(folder: Path) -> Section:
 def scaling(folder: Path) -> Section:
     """scaling.json of `vla scaling`: one fit a line."""
     found = json.loads((folder / "scaling.json").read_text())
-    columns = ["quantity", "against", "runs", "exponent [95 %]", "floor", "R2 of logarithms"]
+    columns = ["quantity", "against", "at equal", "runs", "exponent [95 %]", "floor", "R2 of logarithms"]
     lines = [
-        [fit["quantity"], fit["axis"], fit["runs"],
+        [fit["quantity"], fit["axis"], ", ".join(f"{name} {value}" for name, value in fit["equal"].items()), len(fit["runs"]),
          f"{fit['exponent']:.3f} [{fit['exponent_interval_95'][0]:.3f}, {fit['exponent_interval_95'][1]:.3f}]",
          fit["floor"], fit["r_squared"]]
         for fit in found["fits"]
     ]  # fmt: skip
     intervals = f"95 % of {found['resamples']} bootstrap samples, seed {found['seed']}"
-    facts = {"intervals": intervals, "commit": found["git_commit"][:12]}
+    setting = ", ".join(f"{name} {value}" for name, value in found["evaluations"].items() if value not in (None, {}))
+    facts = {"evaluations": setting, "intervals": intervals, "commit": shortened(found["git_commit"], 12)}
     return Section(markdown_table(columns, lines), facts)

@@ -1,12 +1,9 @@
 """What a training run's folder says of its size (parameters, demonstrations, samples) and worth (loss, error, success)."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-
-from sim.evaluate import ROWS
-from sim.results import EpisodeRow, latest_episodes, tally
 
 LAST_SHARE = 0.1  # of the logged losses, over which the final one is averaged
 POLICY = Path("checkpoints") / "last" / "policy"
@@ -24,7 +21,7 @@ class Run:
     samples: int  # windows seen in training, repeats included
     loss: float | None  # mean of the last tenth of the log
     held_out_error: float | None  # last, see vla.train.held_out_error
-    solved: int = 0  # of the evaluations of this checkpoint
+    solved: int = 0  # of the evaluations of this checkpoint, see sim/scaling/evaluations.py
     episodes: int = 0
 
     @property
@@ -53,8 +50,8 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return found
 
 
-def read_run(folder: Path, rows: Sequence[EpisodeRow] = ()) -> Run:
-    """rows: of evaluations; those of this run's last checkpoint count. Raises ValueError for a damaged folder."""
+def read_run(folder: Path) -> Run:
+    """A run without evaluations. Raises ValueError for a damaged folder."""
     from multimodal.checkpoint import checkpoint_hash
 
     policy = folder / POLICY
@@ -66,19 +63,15 @@ def read_run(folder: Path, rows: Sequence[EpisodeRow] = ()) -> Run:
         raise ValueError(f"{folder / 'log.jsonl'} is empty; the run has not begun.")
     last = losses[-max(1, round(LAST_SHARE * len(losses))) :]
     training = provenance["training"]
-    checkpoint = checkpoint_hash(policy)
-    count = tally([row for row in rows if row.checkpoint == checkpoint])
     return Run(
         folder=folder.name,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint_hash(policy),
         parameters=count_parameters(policy / "model.safetensors"),
         demonstrations=provenance["episodes"],
         frames=provenance["frames"],
         samples=log[-1]["step"] * training["batch_size"] * training.get("accumulation", 1),
         loss=sum(last) / len(last) if last else None,
         held_out_error=errors[-1] if errors else None,
-        solved=count.successes,
-        episodes=count.episodes,
     )
 
 
@@ -94,15 +87,3 @@ def count_parameters(path: Path) -> int:
                 size *= length
             total += size
     return total
-
-
-def read_evaluations(folders: Iterable[Path]) -> list[EpisodeRow]:
-    """Latest rows of the evaluations in `folders` and one folder below, clean ones only. Raises FileNotFoundError for none."""
-    rows: list[EpisodeRow] = []
-    for folder in folders:
-        paths = [path for path in (folder / ROWS, *sorted(folder.glob(f"*/{ROWS}"))) if path.exists()]
-        if not paths:
-            raise FileNotFoundError(f"no evaluation in {folder} or one folder below: {ROWS} makes one (`vla eval`).")
-        for path in paths:
-            rows += [row for row in latest_episodes(path) if row.perturbation == "none"]
-    return rows

@@ -1,11 +1,13 @@
 """Loss and success of our own runs against parameters, demonstrations and compute (`vla scaling`): fits, table, plot, JSON.
 
-A fit over one axis tells of that axis only as far as the runs differ in nothing else: choose them so.
+A fit over one axis is made of runs that are equal in the others; groups of such runs are fitted apart. What is no axis (head,
+objective, data) is not looked at: choose runs that share it. Runs trained for --training.minutes rarely have equal samples.
 """
 
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,17 @@ from rich.table import Table
 
 from sim.evaluate import git_commit
 from sim.report.section import markdown_table
+from sim.scaling.evaluations import read_evaluations, with_evaluations
 from sim.scaling.fit import RESAMPLES, PowerLaw, fit_power_law
-from sim.scaling.runs import Run, find_runs, read_evaluations, read_run
+from sim.scaling.runs import Run, find_runs, read_run
 from vla.home import remask_home
 
 AXES = {"parameters": "parameters", "demonstrations": "demonstrations", "compute": "6 x parameters x samples"}
+EQUAL = {  # axis -> what the runs of a fit share; parameters and samples make compute, so only one of them may vary
+    "parameters": ("demonstrations", "samples"),
+    "demonstrations": ("parameters", "samples"),
+    "compute": ("parameters", "demonstrations"),
+}
 QUANTITIES = {"loss": "training loss", "held_out_error": "held-out action error", "failure": "share of episodes not solved"}
 
 
@@ -28,7 +36,7 @@ class ScalingConfig:
     """Settings of `vla scaling`."""
 
     runs: list[Path]  # folders of `vla train`, or folders of such folders
-    evaluations: list[Path] | None = None  # folders of `vla eval`, or folders of such folders; matched by checkpoint
+    evaluations: list[Path] | None = None  # folders of `vla eval`, or folders of such; matched by checkpoint, of one setting
     output_dir: Path | None = None  # default: REMASK_HOME/scaling
     floor: bool = True  # y = floor + scale * x^-exponent; false: no floor
     resamples: int = RESAMPLES  # of the bootstrap
@@ -37,44 +45,67 @@ class ScalingConfig:
 
 @dataclass(frozen=True)
 class Fit:
-    """One quantity against one axis."""
+    """One quantity against one axis, over runs equal in the other axes."""
 
     quantity: str
     axis: str
-    runs: int
+    equal: dict[str, int]  # what these runs share; {}: no two runs differ in this axis alone
+    runs: Sequence[Run]
     law: PowerLaw | None  # None: could not be fitted
     why_not: str = ""
 
+    @property
+    def group(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in self.equal.items())
+
 
 def fit_all(runs: Sequence[Run], config: ScalingConfig) -> list[Fit]:
-    """Every quantity that some runs know against every axis."""
+    """Every quantity that some runs know against every axis, in every group of runs that differ in it alone."""
     fits = []
     for quantity in QUANTITIES:
         known = [run for run in runs if getattr(run, quantity) is not None]
         for axis in AXES if known else ():
-            x, y = points(known, axis, quantity)
-            try:
-                law = fit_power_law(x, y, floor=config.floor, resamples=config.resamples, seed=config.seed)
-                fits.append(Fit(quantity, axis, len(known), law))
-            except ValueError as error:
-                fits.append(Fit(quantity, axis, len(known), None, str(error)))
+            groups = groups_of(known, axis)
+            fits += [fit_group(quantity, axis, equal, members, config) for equal, members in groups]
+            if not groups:
+                why_not = f"no two of {len(known)} runs differ in {axis} and share {' and '.join(EQUAL[axis])}"
+                fits.append(Fit(quantity, axis, {}, (), None, why_not))
     return fits
+
+
+def groups_of(runs: Sequence[Run], axis: str) -> list[tuple[dict[str, int], list[Run]]]:
+    """Runs equal in the other axes, with what they share; those of one value of this axis are no group."""
+    found: dict[tuple[int, ...], list[Run]] = {}
+    for run in runs:
+        found.setdefault(tuple(getattr(run, name) for name in EQUAL[axis]), []).append(run)
+    several = {shared: members for shared, members in found.items() if len({getattr(run, axis) for run in members}) > 1}
+    return [(dict(zip(EQUAL[axis], shared, strict=True)), members) for shared, members in sorted(several.items())]
+
+
+def fit_group(quantity: str, axis: str, equal: dict[str, int], runs: Sequence[Run], config: ScalingConfig) -> Fit:
+    x, y = points(runs, axis, quantity)
+    try:
+        law = fit_power_law(x, y, floor=config.floor, resamples=config.resamples, seed=config.seed)
+        return Fit(quantity, axis, equal, runs, law)
+    except ValueError as error:
+        return Fit(quantity, axis, equal, runs, None, str(error))
 
 
 def points(runs: Sequence[Run], axis: str, quantity: str) -> tuple[list[float], list[float]]:
     return [float(getattr(run, axis)) for run in runs], [float(getattr(run, quantity)) for run in runs]
 
 
-def record(runs: Sequence[Run], fits: Sequence[Fit], config: ScalingConfig) -> dict[str, Any]:
-    """What scaling.json holds."""
+def record(runs: Sequence[Run], fits: Sequence[Fit], setting: dict[str, Any], config: ScalingConfig) -> dict[str, Any]:
+    """What scaling.json holds; setting: of the evaluations."""
+    told = [
+        {"quantity": fit.quantity, "axis": fit.axis, "equal": fit.equal, "runs": [run.folder for run in fit.runs]}
+        for fit in fits
+    ]
     return {
         "runs": [asdict(run) | {"compute": run.compute, "failure": run.failure} for run in runs],
-        "fits": [
-            {"quantity": fit.quantity, "axis": fit.axis, "runs": fit.runs, **asdict(fit.law)}
-            for fit in fits
-            if fit.law is not None
-        ],
-        "not_fitted": [{"quantity": fit.quantity, "axis": fit.axis, "why": fit.why_not} for fit in fits if fit.law is None],
+        "evaluations": setting,
+        "fits": [each | asdict(fit.law) for each, fit in zip(told, fits, strict=True) if fit.law is not None],
+        "not_fitted": [each | {"why": fit.why_not} for each, fit in zip(told, fits, strict=True) if fit.law is None],
         "floor": config.floor,
         "resamples": config.resamples,
         "seed": config.seed,
@@ -84,18 +115,20 @@ def record(runs: Sequence[Run], fits: Sequence[Fit], config: ScalingConfig) -> d
 
 def fit_line(fit: Fit) -> list[Any]:
     if fit.law is None:
-        return [fit.quantity, fit.axis, fit.runs, "-", "-", fit.why_not]
+        return [fit.quantity, fit.axis, fit.group or "-", len(fit.runs), "-", "-", fit.why_not]
     low, high = fit.law.exponent_interval_95
     floor_low, floor_high = fit.law.floor_interval_95
     exponent = f"{fit.law.exponent:.3f} [{low:.3f}, {high:.3f}]"
     floor = f"{fit.law.floor:.3g} [{floor_low:.3g}, {floor_high:.3g}]"
-    return [fit.quantity, fit.axis, fit.runs, exponent, floor, fit.law.r_squared]
+    return [fit.quantity, fit.axis, fit.group, len(fit.runs), exponent, floor, fit.law.r_squared]
 
 
-FIT_COLUMNS = ("quantity", "against", "runs", "exponent [95 %]", "floor [95 %]", "R2 of logarithms")
+FIT_COLUMNS = ("quantity", "against", "at equal", "runs", "exponent [95 %]", "floor [95 %]", "R2 of logarithms")
 
 
-def write_markdown(runs: Sequence[Run], fits: Sequence[Fit], config: ScalingConfig, path: Path) -> None:
+def write_markdown(
+    runs: Sequence[Run], fits: Sequence[Fit], setting: dict[str, Any], config: ScalingConfig, path: Path
+) -> None:
     columns = ("run", "parameters", "demonstrations", "samples", "loss", "held-out error", "solved")
     lines = [
         [run.folder, run.parameters, run.demonstrations, run.samples, run.loss, run.held_out_error,
@@ -103,13 +136,14 @@ def write_markdown(runs: Sequence[Run], fits: Sequence[Fit], config: ScalingConf
         for run in runs
     ]  # fmt: skip
     law = "floor + scale * x^-exponent" if config.floor else "scale * x^-exponent"
-    told = f"y = {law}; 95 % intervals of {config.resamples} bootstrap samples."
+    evaluated = ", ".join(f"{name} {value}" for name, value in setting.items() if value not in (None, {}))
+    told = f"Evaluations: {evaluated or 'none'}. y = {law}; 95 % intervals of {config.resamples} bootstrap samples."
     text = ["# Scaling", "", markdown_table(columns, lines), "", told]
     path.write_text("\n".join([*text, "", markdown_table(FIT_COLUMNS, map(fit_line, fits)), "", "![fits](scaling.png)", ""]))
 
 
 def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
-    """A panel a quantity and axis, both logarithmic."""
+    """A panel a quantity and axis, both logarithmic; a colour a group, runs of no group grey."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -121,31 +155,34 @@ def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
     figure, panels = pyplot.subplots(
         len(quantities), len(AXES), figsize=(3.4 * len(AXES), 2.8 * len(quantities)), layout="constrained", squeeze=False
     )
-    for fit in fits:
-        axes = panels[quantities.index(fit.quantity)][list(AXES).index(fit.axis)]
-        x, y = points([run for run in runs if getattr(run, fit.quantity) is not None], fit.axis, fit.quantity)
-        axes.scatter(x, y, s=14, color="black")
-        if fit.law is not None:
-            line = np.geomspace(min(x), max(x), 100)
-            axes.plot(line, fit.law(line), label=f"exponent {fit.law.exponent:.2f}")
-            axes.legend(fontsize=7)
-        axes.set(xscale="log", yscale="log", xlabel=AXES[fit.axis], ylabel=QUANTITIES[fit.quantity])
+    for (row, quantity), (column, axis) in product(enumerate(quantities), enumerate(AXES)):
+        axes = panels[row][column]
+        known = [run for run in runs if getattr(run, quantity) is not None]
+        axes.scatter(*points(known, axis, quantity), s=14, color="lightgrey")
+        for number, fit in enumerate(fit for fit in fits if (fit.quantity, fit.axis) == (quantity, axis) and fit.runs):
+            x, y = points(fit.runs, axis, quantity)
+            axes.scatter(x, y, s=14, color=f"C{number}", label=fit.group)
+            if fit.law is not None:
+                line = np.geomspace(min(x), max(x), 100)
+                axes.plot(line, fit.law(line), color=f"C{number}", label=f"exponent {fit.law.exponent:.2f}")
+            axes.legend(fontsize=6)
+        axes.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=QUANTITIES[quantity])
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
 
 def scaling(config: ScalingConfig) -> tuple[list[Run], list[Fit]]:
-    """Read, fit, write scaling.json, scaling.md and scaling.png. Raises ValueError without a run."""
+    """Read, fit, write scaling.json, scaling.md and scaling.png. Raises ValueError without a run or for unlike evaluations."""
     folders = find_runs(Path(folder).expanduser() for folder in config.runs)
     if not folders:
         raise ValueError("Which runs? Give --runs='[FOLDER, FOLDER]'.")
-    rows = read_evaluations(Path(folder).expanduser() for folder in config.evaluations or ())
-    runs = [read_run(folder, rows) for folder in folders]
+    evaluations = read_evaluations(Path(folder).expanduser() for folder in config.evaluations or ())
+    runs, setting = with_evaluations([read_run(folder) for folder in folders], evaluations)
     fits = fit_all(runs, config)
     output = Path(config.output_dir or remask_home() / "scaling").expanduser()
     output.mkdir(parents=True, exist_ok=True)
-    (output / "scaling.json").write_text(json.dumps(record(runs, fits, config), indent=1))
-    write_markdown(runs, fits, config, output / "scaling.md")
+    (output / "scaling.json").write_text(json.dumps(record(runs, fits, setting, config), indent=1))
+    write_markdown(runs, fits, setting, config, output / "scaling.md")
     write_plot(runs, fits, output / "scaling.png")
     return runs, fits
 
