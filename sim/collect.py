@@ -241,7 +241,6 @@ def run_attempts(
     specs: list[dict[str, Any]] = []
     total = config.episodes_per_task * len(config.task_list)
     with tqdm(total=total, initial=schedule.num_solved, unit="episode", desc=config.suite) as bar:
-
         errors = ErrorCount(bar.write)
 
         def finished(job: Job, outcome: Done | Failed | Died) -> None:

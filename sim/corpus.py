@@ -96,7 +96,6 @@ def run_episodes(config: CorpusConfig, jobs: Sequence[Job], missing: Sequence[Jo
     scenes = sum(job.scenes for job in jobs)
     done = scenes - sum(job.scenes for job in missing)
     with tqdm(total=scenes, initial=done, unit="scene", desc="corpus") as bar:
-
         errors = ErrorCount(bar.write)
 
         def finished(job: Job, outcome: Done | Failed | Died) -> None:

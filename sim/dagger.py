@@ -180,13 +180,14 @@ def collect_corrections(
     wanted = [CorrectionJob(task, first + episode) for task in config.task_list for episode in range(config.episodes)]
     missing = [job for job in wanted if (job.task, job.index) not in rows]
     spec = run_corrections(config, policy, settings, missing, rows, folder, build, expert)
-    paths = [demonstration.staged_path(staged, job.task, job.index) for job in wanted]
+    chosen = [rows[job.task, job.index] for job in wanted if (job.task, job.index) in rows]
+    paths = [demonstration.staged_path(staged, row["task"], row["index"]) for row in chosen]
     packing.pack(folder, spec or policy.spec, paths, source=f"vla dagger, {config.suite}, round {number}", cache_only=True)
-    chosen = [rows[job.task, job.index] for job in wanted]
     report = {
         "round": number,
         "mixing": settings.mixing,
         "episodes": len(chosen),
+        "lost": len(wanted) - len(chosen),
         "labels": sum(row["labels"] for row in chosen),
         "success": sum(row["success"] for row in chosen) / len(chosen),
     }
@@ -205,10 +206,13 @@ def run_corrections(
     build: Callable,
     expert: Callable,
 ) -> RobotSpec | None:
-    """Run `jobs` in W processes, putting each outcome into `rows` and on disk; the robot they drove."""
+    """Run `jobs` in W processes, putting each outcome into `rows` and on disk; the robot they drove.
+
+    A start that raises is tried once more, for what has to do with the process; one that raises again is lost to the round.
+    """
     if not jobs:
         return None
-    queue = JobQueue(jobs)
+    queue, raised = JobQueue(jobs), set()
     specs: list[dict[str, Any]] = []
 
     def started(spec: dict[str, Any]) -> None:
@@ -216,7 +220,6 @@ def run_corrections(
         specs.append(spec)
 
     with tqdm(total=len(jobs), unit="episode", desc="corrections") as bar:
-
         errors = ErrorCount(bar.write)
 
         def finished(job: CorrectionJob, outcome: Done | Failed | Died) -> None:
@@ -224,13 +227,16 @@ def run_corrections(
             row = {"task": job.task, "index": job.index, "seed": start(correction.SPLIT, job.index).seed, "error": error}
             row |= outcome.result if isinstance(outcome, Done) else {}
             append_row(folder / "episodes.jsonl", row)
-            bar.update()
             if error is None:
-                queue.finish(job)
                 rows[job.task, job.index] = row
-            else:  # an exception says nothing of the start: try it again
-                queue.put_back(job)
+            else:
                 errors.add(f"task {job.task}, start {job.index}", error)
+                if job not in raised:
+                    raised.add(job)
+                    queue.put_back(job)
+                    return
+            queue.finish(job)
+            bar.update()
 
         num_workers = min(config.workers, len(jobs))
         with policy_threads(config.workers), WorkerPool(num_workers, correction.work, (settings, build, expert)) as pool:

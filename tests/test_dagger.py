@@ -13,7 +13,8 @@ from sim import demonstration
 from sim.correction import FOLLOWED, CorrectionSettings, correct
 from sim.dagger import DaggerConfig, dagger
 from sim.rollout import rollout
-from sim.seeds import start
+from sim.results import read_rows
+from sim.seeds import Start, start
 from tests.point_world import CRASH_INDEX, STEP, PointExpert, PointPolicy, PointWorld, build_point_world, point_expert
 from vla.data import ActionWindows
 from vla.frame_cache import FrameCache, FrameCacheWriter
@@ -124,6 +125,30 @@ def test_rounds_add_their_labels_go_on_from_the_last_policy_and_resume(tmp_path,
     (config.root / "round_2" / "corrections" / "corrections.json").unlink()  # as if killed while packing
     again = go(config, Trainings())
     assert [replace(each, interval_95=()) for each in again] == [replace(each, interval_95=()) for each in rounds]
+
+
+class StuckWorld(PointWorld):
+    """Whose second start of round 1 cannot be looked at."""
+
+    def reset(self, task: int, start: Start) -> None:
+        if start.index == sim.dagger.FIRST_INDEX + sim.dagger.ROUND_STARTS + 1:
+            raise ArithmeticError("nothing to see here")
+        super().reset(task, start)
+
+
+def build_stuck_world(suite: str, *, image_size: int | None = None, mesh_detail: float = 1.0, **_: str) -> StuckWorld:
+    return StuckWorld(image_size or 8)
+
+
+def test_a_start_that_always_raises_is_lost_to_its_round_and_no_more(tmp_path, three_tasks):
+    config, trainings = settings(tmp_path, rounds=1), Trainings()
+    rounds = dagger(config, build=build_stuck_world, expert=point_expert, load=trainings.load, train=trainings.train)
+    folder = config.root / "round_1" / "corrections"
+    report = json.loads((folder / "corrections.json").read_text())
+    assert (report["episodes"], report["lost"]) == (4, 2) and FrameCache.open(folder).num_episodes == 4
+    tried = [(row["task"], row["index"]) for row in read_rows(folder / "episodes.jsonl") if row["error"]]
+    assert len(tried) == 4 and len(set(tried)) == 2, "each once more"
+    assert len(rounds) == 2 and trainings.calls
 
 
 def test_another_run_s_folder_is_refused_and_so_are_impossible_settings(tmp_path, three_tasks):

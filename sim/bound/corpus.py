@@ -70,7 +70,6 @@ def run_files(config: BindCorpusConfig, missing: Sequence[Job], count: int) -> N
     if not waiting:
         return
     with tqdm(total=count, unit="sample", desc="bound corpus") as bar:
-
         errors = ErrorCount(bar.write, most=3)  # a file is hundreds of samples
 
         def finished(job: Job, outcome: Done | Failed | Died) -> None:
