@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from multimodal.bind.ball import Ball
 from multimodal.bind.certificate import SmoothingConfig, certify
 from multimodal.bind.classifier import Classifier
 from multimodal.bind.evaluate_calibration import EvaluateCalibrationConfig, evaluate_calibration, headline
 from multimodal.bind.interface import Box
 from multimodal.bind.intervals import Share, lower_bound, upper_tail
-from multimodal.bind.robustness import NAIVE, QUICK, retrieve
+from multimodal.bind.reference_attacks import autoattack
+from multimodal.bind.robustness import NAIVE, QUICK, naive_survivors, retrieve
 from multimodal.bind.robustness_report import AccuracyRow, RobustnessReport
 from multimodal.bind.sanity import REQUIRED, Check, SanityBlock, SanityConfig, sanity_checks
 from multimodal.bind.train_calibration import embed_all
@@ -127,6 +129,22 @@ def test_epsilon_zero_equals_clean_and_worst_is_worst() -> None:
     assert all(torch.equal(values, clean) for values in QUICK.run(model, inputs, labels, 0.0, 0).values())
     one, two = (QUICK.run(model, inputs, labels, model.encoder.box.radius(e), 0)["worst"] for e in (2, 6))
     assert two.sum() < one.sum() <= clean.sum()
+
+
+def test_each_attack_judges_what_those_before_it_left_and_worst_is_as_if_all_had_judged_all() -> None:
+    task, inputs, labels = scene(48)
+    encoder = task.encoders["heat"]
+    model, radius = Classifier(encoder, task.centers).eval(), encoder.box.radius(3)
+    survived = QUICK.run(model, inputs, labels, radius, 5, transfer=model)
+    clean, ball, generator = model(inputs), Ball(inputs, encoder.box, radius), torch.Generator().manual_seed(5)
+    naive = naive_survivors(model, ball, labels, generator)
+    alone = autoattack(model, inputs, labels, encoder.box, radius, QUICK.auto, 5).survived & survived["clean"]
+    assert torch.equal(survived["autoattack"], alone) and torch.equal(survived[NAIVE], naive & survived["clean"])
+    attacks, left = QUICK.attacks(model, ball, labels, clean, generator, 5, model), alone
+    for name, attack in attacks.items():
+        left = left & ~attack(torch.arange(48))
+        assert torch.equal(survived[name], left), name
+    assert torch.equal(survived["worst"], left) and 0 < left.sum() < alone.sum() < survived["clean"].sum()
 
 
 def test_retrieval_counts_and_attacks_ranks() -> None:

@@ -1,6 +1,6 @@
 """Zero-shot accuracy and cross-modal retrieval, clean and attacked: what survives every attack, sample by sample."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,10 @@ from multimodal.bind.interface import ModalityEncoder
 from multimodal.bind.intervals import Share
 from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig, autoattack, foolbox_pgd
 
+Attack = Callable[[Tensor], Tensor]  # rows of the batch, int64 [R] -> whether each is fooled, bool [R]
+
 NAIVE = "naive"  # what a weak evaluation would have said; never part of the worst case
+AUTOATTACK = "autoattack"
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,6 @@ class AttackSuite:
     """Which attacks judge a classifier, and how long they look."""
 
     steps: int = 40  # of our own Auto-PGD runs
-    restarts: int = 1
     targets: int = 3  # classes of the targeted margin, likeliest first
     auto: AutoAttackConfig = REDUCED
     foolbox: bool = True
@@ -49,44 +51,75 @@ class AttackSuite:
     ) -> dict[str, Tensor]:
         """Who survives: attack -> bool [B], "worst" for all of them together but `naive`.
 
+        `naive` and AutoAttack see every sample, so their figures are their own. Each of the others sees what AutoAttack and
+        those before it left, and its figure is what is left after it: the last one's is "worst", as if each had seen all.
         transfer: the frozen classifier; points that fool it are tried on the model. flags: takes AutoAttack's warnings.
-        A sample that is wrong to begin with has survived nothing.
+        A sample that is wrong to begin with has survived nothing. Radius 0 attacks nothing.
         """
-        box, generator = model.encoder.box, torch.Generator().manual_seed(seed)
-        ball = Ball(inputs, box, radius)
-
-        def run(loss: AttackLoss) -> Attacked:
-            return apgd(loss, ball, steps=self.steps, restarts=self.restarts, generator=generator)
-
         with torch.no_grad():
             clean_logits = model(inputs)
         clean = clean_logits.argmax(1) == labels
-        survived = {"clean": clean, NAIVE: clean & naive_survivors(model, ball, labels, generator)}
-        survived["noise"] = ~noise_fools(model, ball, labels, generator)
-        if transfer is not None:
-            points = apgd(scaled_cross_entropy(transfer, labels, inputs), ball, steps=self.steps, generator=generator).points
-            survived["transfer"] = ~fools(model, points, labels)
-        survived["apgd-ce"] = ~run(scaled_cross_entropy(model, labels, inputs)).fooled
-        survived["apgd-margin"] = ~run(margin_loss(model, labels)).fooled
-        if clean_logits.shape[1] >= 3:
-            survived["apgd-dlr"] = ~run(dlr_loss(model, labels)).fooled
+        if radius == 0:
+            return dict.fromkeys(("clean", NAIVE, AUTOATTACK, "worst"), clean)
+        ball, generator = Ball(inputs, model.encoder.box, radius), torch.Generator().manual_seed(seed)
+        naive = clean & naive_survivors(model, ball, labels, generator)
+        reference = autoattack(model, inputs, labels, ball.box, radius, self.auto, seed)
+        if flags is not None:
+            flags.extend(reference.flags)
+        left = clean & reference.survived
+        survived = {"clean": clean, NAIVE: naive, AUTOATTACK: left}
+        for name, attack in self.attacks(model, ball, labels, clean_logits, generator, seed, transfer).items():
+            rows = left.nonzero()[:, 0]
+            if len(rows):
+                left = left.index_put((rows,), ~attack(rows))
+            survived[name] = left
+        return survived | {"worst": left}
+
+    def attacks(
+        self,
+        model: Classifier,
+        ball: Ball,
+        labels: Tensor,
+        clean_logits: Tensor,
+        generator: torch.Generator,
+        seed: int,
+        transfer: Classifier | None = None,
+    ) -> dict[str, Attack]:
+        """All but AutoAttack, cheapest first.
+
+        Random points are drawn for the whole ball, so that a sample's do not depend on who else is left; foolbox draws its own.
+        """
         ranked = clean_logits.scatter(1, labels[:, None], -torch.inf).argsort(1, descending=True)
-        for place in range(min(self.targets, clean_logits.shape[1] - 1)):
-            survived[f"apgd-target-{place + 1}"] = ~run(targeted_margin_loss(model, labels, ranked[:, place])).fooled
+        inputs = ball.center
+
+        def search(loss: AttackLoss, rows: Tensor) -> Attacked:
+            start = ball.random_point(generator)[rows]
+            return apgd(loss, ball.rows(rows), steps=self.steps, generator=generator, start=start)
+
+        def transferred(rows: Tensor) -> Tensor:
+            points = search(scaled_cross_entropy(transfer, labels[rows], inputs[rows]), rows).points
+            return fools(model, points, labels[rows])
+
+        def foolbox(rows: Tensor) -> Tensor:
+            found = foolbox_pgd(model, inputs[rows], labels[rows], ball.box, ball.radius, steps=self.steps, seed=seed)
+            return ~found.survived
+
+        losses = {
+            "apgd-ce": lambda rows: scaled_cross_entropy(model, labels[rows], inputs[rows]),
+            "apgd-margin": lambda rows: margin_loss(model, labels[rows]),
+        }
+        if ranked.shape[1] >= 3:
+            losses["apgd-dlr"] = lambda rows: dlr_loss(model, labels[rows])
+        for place, to in enumerate(ranked.T[: min(self.targets, ranked.shape[1] - 1)]):
+            losses[f"apgd-target-{place + 1}"] = lambda rows, to=to: targeted_margin_loss(model, labels[rows], to[rows])
         if self.feature:
-            wanted = model.centers[ranked[:, 0]]
-            wanted = wanted if wanted.ndim == 2 else wanted[:, 0]
-            survived["feature"] = ~run(feature_loss(model.encoder.embed, wanted, model, labels)).fooled
-        if self.auto.attacks:
-            reference = autoattack(model, inputs, labels, box, radius, self.auto, seed)
-            survived["autoattack"] = reference.survived
-            if flags is not None:
-                flags.extend(reference.flags)
-        if self.foolbox:
-            survived["foolbox"] = foolbox_pgd(model, inputs, labels, box, radius, steps=self.steps, seed=seed).survived
-        survived = {name: clean & values for name, values in survived.items()}
-        survived["worst"] = torch.stack([values for name, values in survived.items() if name != NAIVE]).all(0)
-        return survived
+            near = model.centers[ranked[:, 0]]
+            near = near if near.ndim == 2 else near[:, 0]
+            losses["feature"] = lambda rows: feature_loss(model.encoder.embed, near[rows], model, labels[rows])
+        found: dict[str, Attack] = {"noise": lambda rows: noise_fools(model, ball, labels, generator, rows=rows)}
+        found |= {} if transfer is None else {"transfer": transferred}
+        found |= {name: lambda rows, loss=loss: search(loss(rows), rows).fooled for name, loss in losses.items()}
+        return found | ({"foolbox": foolbox} if self.foolbox else {})
 
 
 QUICK = AttackSuite(steps=10, targets=1, foolbox=False, auto=AutoAttackConfig(("apgd-ce", "square"), steps=10, targets=1, queries=50))
@@ -98,15 +131,15 @@ def fools(model: nn.Module, points: Tensor, labels: Tensor) -> Tensor:
     return model(points).argmax(1) != labels
 
 
-def noise_fools(model: nn.Module, ball: Ball, labels: Tensor, generator: torch.Generator, draws: int = 5) -> Tensor:
-    """Whether any of some random points of the ball fools the model: bool [B]."""
-    return torch.stack([fools(model, ball.random_point(generator), labels) for _ in range(draws)]).any(0)
+def noise_fools(
+    model: nn.Module, ball: Ball, labels: Tensor, generator: torch.Generator, draws: int = 5, rows: Tensor | slice = slice(None)
+) -> Tensor:
+    """Whether any of some random points of the ball fools the model: bool [R], of these rows."""
+    return torch.stack([fools(model, ball.random_point(generator)[rows], labels[rows]) for _ in range(draws)]).any(0)
 
 
 def naive_survivors(model: Classifier, ball: Ball, labels: Tensor, generator: torch.Generator, steps: int = 10) -> Tensor:
     """The weak evaluation of published code: cross-entropy on logits of cosines / 100, fixed step = radius, last point only."""
-    if ball.radius == 0:
-        return ~fools(model, ball.center, labels)
     points = ball.random_point(generator)
     for _ in range(steps):
         points = points.detach().requires_grad_()
