@@ -23,7 +23,7 @@ from multimodal.bind.train_calibration import (
     embed_all,
     task_weights,
 )
-from multimodal.checkpoint import load_checkpoint
+from multimodal.checkpoint import checkpoint_hash, load_checkpoint
 from multimodal.schedule import TrainingConfig
 from tests.drawn_shapes import build_task, centers
 from vla.cli import main, parse_config
@@ -266,6 +266,7 @@ def test_the_command_trains_and_judges(tmp_path: Path, capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert code in (0, 1) and "## Sanity: calibrated" in shown and (tmp_path / "report" / "robustness.json").exists()
     assert code == (1 if "SANITY FAILED" in shown else 0)
+    assert f"Task tests.drawn_shapes:build_task, calibration {checkpoint_hash(folder)}; at most 8 samples" in shown
 
 
 def test_a_task_called_with_what_it_does_not_take_is_refused() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from multimodal.bind.ball import Ball
 from multimodal.bind.certificate import SmoothingConfig, certify
 from multimodal.bind.classifier import Classifier
-from multimodal.bind.evaluate_calibration import EvaluateCalibrationConfig, evaluate_calibration, headline
+from multimodal.bind.evaluate_calibration import EvaluateCalibrationConfig, evaluate_calibration, headline, made_with
 from multimodal.bind.interface import Box
 from multimodal.bind.intervals import Share, lower_bound, upper_tail
 from multimodal.bind.reference_attacks import autoattack
@@ -90,7 +90,7 @@ def test_nothing_is_reported_without_its_sanity_block() -> None:
         SanityBlock((Check(REQUIRED[0], True, ""),))
     row = AccuracyRow("frozen", "seen", 4.0, 1.0, {"worst": Share(1, 2)}, (0.5,))
     with pytest.raises(ValueError, match="not printed without"):
-        RobustnessReport("heat", "K", "linf", "", {}, (row,), (), ())
+        RobustnessReport("heat", "K", "linf", "", made_with(EvaluateCalibrationConfig()), {}, (row,), (), ())
 
 
 def _report(**changes) -> RobustnessReport:
@@ -114,8 +114,10 @@ def test_the_report_holds_what_it_promises(tmp_path: Path) -> None:
     assert headline(report, 2.0)["frozen"].value < headline(report, 0.0)["frozen"].value
     path = report.write(tmp_path)
     text, stored = path.read_text(), json.loads((tmp_path / "robustness.json").read_text())
-    for words in ("## Sanity: frozen", "Clopper-Pearson", "R@10", "naive attack says", "Certified"):
+    for words in ("## Sanity: frozen", "Clopper-Pearson", "R@10", "naive attack says", "Certified", "AutoAttack (reduced)", "at most 12 samples"):
         assert words in text
+    made = {"task": None, "task_options": {}, "calibration": None, "reference": "reduced", "steps": 6, "samples": 12, "seeds": [0, 1]}
+    assert stored["made"] == made
     assert len(stored["accuracy"]) == 4 and stored["sanity"]["frozen"][0]["name"] == REQUIRED[0]
     assert (tmp_path / "robustness.png").stat().st_size > 5000
     with pytest.raises(LookupError, match="there are"):

@@ -15,10 +15,11 @@ from multimodal.bind.classifier import Classifier, check_modality
 from multimodal.bind.intervals import Share
 from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig
 from multimodal.bind.robustness import AttackSuite, retrieve, share_of
-from multimodal.bind.robustness_report import AccuracyRow, CertificateRow, RetrievalRow, RobustnessReport
+from multimodal.bind.robustness_report import AccuracyRow, CertificateRow, Making, RetrievalRow, RobustnessReport
 from multimodal.bind.sanity import SanityConfig, sanity_checks
 from multimodal.bind.task import BindTask, count_weights, trunk_of
 from multimodal.bind.train_calibration import embed_all, task_weights
+from multimodal.checkpoint import checkpoint_hash
 from multimodal.config import check_choice
 
 
@@ -80,9 +81,14 @@ def evaluate_calibration(config: EvaluateCalibrationConfig, task: BindTask) -> R
     if config.certified_samples:
         certificates = [certificate_row(config, task, name, model, parts["seen"]) for name, model in models.items()]
     return RobustnessReport(
-        config.modality, frozen.box.unit, frozen.box.norm, shares, blocks, tuple(accuracy),
+        config.modality, frozen.box.unit, frozen.box.norm, shares, made_with(config), blocks, tuple(accuracy),
         tuple(retrieval_rows(config, task, encoders)), tuple(certificates), tuple(flags),
     )  # fmt: skip
+
+
+def made_with(config: EvaluateCalibrationConfig) -> Making:
+    folder = None if config.calibration is None else checkpoint_hash(config.calibration)
+    return Making(config.task, config.task_options, folder, config.reference, config.steps, config.samples, config.seeds)
 
 
 def sample(task: BindTask, modality: str, mask: Tensor, place: int, count: int) -> tuple[Tensor, Tensor]:

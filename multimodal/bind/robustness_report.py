@@ -4,9 +4,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from multimodal.bind.intervals import Share
-from multimodal.bind.robustness import NAIVE
+from multimodal.bind.robustness import AUTOATTACK, NAIVE
 from multimodal.bind.sanity import SanityBlock
 
 
@@ -53,6 +54,27 @@ class CertificateRow:
 
 
 @dataclass(frozen=True)
+class Making:
+    """How the figures of a report came about."""
+
+    task: str | None  # "module:function"
+    task_options: Mapping[str, Any]
+    calibration: str | None  # content hash of the folder; none: the frozen encoder alone
+    reference: str  # AutoAttack: "reduced" or "standard"
+    steps: int  # of our own attacks
+    samples: int  # of each part, for one seed, at most
+    seeds: tuple[int, ...]
+
+    def line(self) -> str:
+        options = f" {json.dumps(dict(self.task_options))}" if self.task_options else ""
+        return (
+            f"Task {self.task}{options}, calibration {self.calibration or 'none'}; at most {self.samples} samples for each of the seeds "
+            f"{', '.join(map(str, self.seeds))}. AutoAttack ({self.reference}) saw all of them, other attacks ({self.steps} steps) what "
+            "it left."
+        )
+
+
+@dataclass(frozen=True)
 class RobustnessReport:
     """One modality's evaluation. A sanity block per encoder is no option: there is no report without."""
 
@@ -60,6 +82,7 @@ class RobustnessReport:
     unit: str
     norm: str
     shares: str  # how much was trained
+    made: Making
     sanity: Mapping[str, SanityBlock]  # encoder -> block
     accuracy: tuple[AccuracyRow, ...]
     retrieval: tuple[RetrievalRow, ...]
@@ -77,21 +100,23 @@ class RobustnessReport:
 
     def to_dict(self) -> dict:
         return {
-            "modality": self.modality, "unit": self.unit, "norm": self.norm, "trained": self.shares, "sanity_passed": self.passed,
+            "modality": self.modality, "unit": self.unit, "norm": self.norm, "trained": self.shares, "made": vars(self.made),
+            "sanity_passed": self.passed,
             "sanity": {name: [vars(check) for check in block.checks] for name, block in self.sanity.items()},
             "accuracy": [row.to_dict() for row in self.accuracy], "retrieval": [row.to_dict() for row in self.retrieval],
             "certificates": [row.to_dict() for row in self.certificates], "flags": list(self.flags),
         }  # fmt: skip
 
     def markdown(self) -> str:
-        lines = [f"# Robustness of the {self.modality} encoder", "", self.shares, ""]
+        lines = [f"# Robustness of the {self.modality} encoder", "", self.shares, "", self.made.line(), ""]
         for name, block in self.sanity.items():
             lines += [f"## Sanity: {name}", "", block.markdown(), ""]
         lines += [f"## Zero-shot accuracy, % [95 % Clopper-Pearson]; {self.norm}, radius in {self.unit}", ""]
-        lines += ["| encoder | classes | epsilon /255 | radius | clean | worst case | AutoAttack | naive attack says | seeds |"]
+        auto = f"AutoAttack ({self.made.reference})"
+        lines += [f"| encoder | classes | epsilon /255 | radius | clean | worst case | {auto} | naive attack says | seeds |"]
         lines += ["|---" * 9 + "|"]
         for row in self.accuracy:
-            cells = [str(row.survivors.get(name, "-")) for name in ("clean", "worst", "autoattack", NAIVE)]
+            cells = [str(row.survivors.get(name, "-")) for name in ("clean", "worst", AUTOATTACK, NAIVE)]
             seeds = ", ".join(f"{100 * value:.1f}" for value in row.per_seed)
             lines.append(f"| {row.encoder} | {row.part} | {row.epsilon:g} | {row.radius:.4g} | {' | '.join(cells)} | {seeds} |")
         if self.retrieval:
