@@ -5,15 +5,18 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from multimodal.bind.robustness import AttackSuite
 from tests.benchmarks.bench_calibration import COLUMNS, Arm, check_root, plan, row_of, run_arm
+from tests.drawn_shapes import build_task
 
 
 def options(**changes) -> argparse.Namespace:
     settings = {
         "task": "tests.drawn_shapes:build_task", "task_options": {}, "modalities": ["heat", "image"], "every_objective": ["ce", "l2"],
         "placements": ["frozen", "head", "head+adapters"], "objectives": ["combined"], "ablate": "", "seeds": [0], "steps": 10, "rank": 2,
-        "epsilon": 4.0, "samples": 8, "headline": False, "threads": 1, "partner": "image",
+        "epsilon": 4.0, "samples": 8, "headline": False, "threads": 1, "partner": "image", "split": "test",
     }  # fmt: skip
     return argparse.Namespace(**settings | changes)
 
@@ -29,7 +32,7 @@ def test_every_row_is_planned_once() -> None:
 def test_arms_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
     check_root(tmp_path, options())
     check_root(tmp_path, options(modalities=["heat"], seeds=[1]))
-    for changes in ({"rank": 1}, {"task_options": {"model": "other"}}):
+    for changes in ({"rank": 1}, {"task_options": {"model": "other"}}, {"split": "validation"}, {"partner": "heat"}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was .*Give another --root"):
             check_root(tmp_path, options(**changes))
 
@@ -45,3 +48,23 @@ def test_a_row_is_what_its_arm_measured(tmp_path: Path) -> None:
     assert trained["gain over frozen"] == trained["AutoAttack %"] - frozen["AutoAttack %"]
     for row in (frozen, trained):
         assert row["95 % low"] <= row["AutoAttack %"] <= row["95 % high"] and row["worst case %"] <= row["AutoAttack %"] <= row["clean %"]
+
+
+def test_the_split_that_judges_is_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what AutoAttack warns of stands in the row."""
+    task, judged = build_task(), []
+
+    def run(suite, model, inputs, labels, radius, seed, transfer, flags) -> dict[str, torch.Tensor]:
+        judged.append(inputs)
+        flags.append("There are zero gradients.")
+        return dict.fromkeys(("clean", "naive", "autoattack", "worst"), torch.ones(len(labels), dtype=torch.bool))
+
+    monkeypatch.setattr(AttackSuite, "run", run)
+    arm = Arm("heat", "frozen", "-")
+    for split in ("validation", "test"):
+        run_arm(arm, options(split=split), tmp_path)
+    for split, inputs in zip(("validation", "test"), judged, strict=True):
+        rows = (task.splits[split].inputs["heat"][None] == inputs[:, None]).flatten(2).all(2)
+        assert len(inputs) == 8 and rows.any(1).all()
+    entry = json.loads((tmp_path / f"{arm.name}.json").read_text())
+    assert dict(zip(COLUMNS, row_of(entry, [entry]), strict=True))["flags"] == "There are zero gradients."

@@ -17,7 +17,7 @@ from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig
 from multimodal.bind.robustness import AttackSuite, retrieve, share_of
 from multimodal.bind.robustness_report import AccuracyRow, CertificateRow, Making, RetrievalRow, RobustnessReport
 from multimodal.bind.sanity import SanityConfig, sanity_checks
-from multimodal.bind.task import BindTask, count_weights, trunk_of
+from multimodal.bind.task import BindTask, Bound, count_weights, trunk_of
 from multimodal.bind.train_calibration import embed_all, task_weights
 from multimodal.checkpoint import checkpoint_hash
 from multimodal.config import check_choice
@@ -75,7 +75,7 @@ def evaluate_calibration(config: EvaluateCalibrationConfig, task: BindTask) -> R
                     accuracy.append(accuracy_row(config, task, model, models["frozen"], name, part, mask, epsilon, warned))
                     flags += [f"{name}, {part}, {epsilon:g}/255: {flag}" for flag in dict.fromkeys(warned)]
                     bar.update()
-    inputs, labels = sample(task, config.modality, parts["seen"], 0, config.sanity_samples)
+    inputs, labels = sample(task.splits["test"], config.modality, parts["seen"], 0, config.sanity_samples)
     blocks = {name: sanity_checks(model, models["frozen"], inputs, labels, config.sanity) for name, model in models.items()}
     certificates = []
     if config.certified_samples:
@@ -91,14 +91,13 @@ def made_with(config: EvaluateCalibrationConfig) -> Making:
     return Making(config.task, config.task_options, folder, config.reference, config.steps, config.samples, config.seeds)
 
 
-def sample(task: BindTask, modality: str, mask: Tensor, place: int, count: int) -> tuple[Tensor, Tensor]:
-    """The `place`-th run of `count` test samples where the mask holds, in one fixed random order; it wraps at the end."""
+def sample(bound: Bound, modality: str, mask: Tensor, place: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `place`-th run of `count` samples where the mask holds, in one fixed random order; it wraps at the end."""
     rows = shuffled_rows(mask)
     if len(rows) == 0:
-        raise ValueError("The test split has no sample of these classes; make it larger.")
+        raise ValueError("The split has no sample of these classes; make it larger.")
     count = min(count, len(rows))
     rows = rows[(torch.arange(count) + place * count) % len(rows)]
-    bound = task.splits["test"]
     return bound.inputs[modality][rows], bound.labels[rows]
 
 
@@ -123,7 +122,7 @@ def accuracy_row(
     radius, totals, per_seed = model.encoder.box.radius(epsilon), {}, []
     count = min(config.samples, max(1, int(mask.sum()) // len(config.seeds)))
     for place, seed in enumerate(config.seeds):
-        inputs, labels = sample(task, config.modality, mask, place, count)
+        inputs, labels = sample(task.splits["test"], config.modality, mask, place, count)
         survived = config.suite.run(model, inputs, labels, radius, seed, None if model is frozen else frozen, flags)
         per_seed.append(float(survived["worst"].float().mean()))
         for attack, values in survived.items():
@@ -150,7 +149,7 @@ def retrieval_rows(config: EvaluateCalibrationConfig, task: BindTask, encoders: 
 
 
 def certificate_row(config: EvaluateCalibrationConfig, task: BindTask, name: str, model: Classifier, mask: Tensor) -> CertificateRow:
-    inputs, labels = sample(task, config.modality, mask, 0, config.certified_samples)
+    inputs, labels = sample(task.splits["test"], config.modality, mask, 0, config.certified_samples)
     box = model.encoder.box
     found = certify(model, inputs, box, config.smoothing, torch.Generator().manual_seed(config.seeds[0]))
     sigma = config.smoothing.sigma * (box.high - box.low) / 255

@@ -1,8 +1,9 @@
 """Calibrations compared: modality x where the weights are x objective; clean, AutoAttack and naive accuracy, share trained, seconds.
 
 Each arm is one process with one thread, `--concurrent` of them at a time. A finished arm's row is kept, and a second call goes
-on from there. Every arm of a modality is judged on the same test samples, none of which chose anything. `--headline` runs
-the full AutoAttack (100 steps, 9 targets, FAB, 5000 queries) on at least 256 samples for three seeds.
+on from there. Every arm of a modality is judged on the same samples: those of the test split, which chose nothing, or with
+`--split validation` those that placement and objective may be chosen on. `--headline` runs the full AutoAttack (100 steps, 9
+targets, FAB, 5000 queries) on at least 256 samples for three seeds.
 """
 
 import argparse
@@ -20,10 +21,11 @@ from vla.cli import resolve
 from vla.home import remask_home
 
 PLACEMENTS = ("frozen", "head", "adapters", "head+adapters")
-SHARED = ("task", "task_options", "steps", "rank", "epsilon", "samples", "headline")  # settings that all arms of a table share
+# settings that all arms of a table share
+SHARED = ("task", "task_options", "split", "partner", "steps", "rank", "epsilon", "samples", "headline")
 COLUMNS = (
     "modality", "placement", "objective", "seed", "clean %", "AutoAttack %", "95 % low", "95 % high", "worst case %", "naive says %",
-    "gain over frozen", "worst gain", "clean change", "trainable", "% of tower", "% of model", "seconds",
+    "gain over frozen", "worst gain", "clean change", "trainable", "% of tower", "% of model", "seconds", "flags",
 )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--task", default="tests.drawn_shapes:build_task", help="module:function of a BindTask")
     arguments.add_argument("--task_options", type=json.loads, default={}, help="what that function is called with, as JSON")
+    arguments.add_argument("--split", default="test", choices=["validation", "test"], help="samples that judge")
     arguments.add_argument("--modalities", nargs="+", default=["heat", "image"])
     arguments.add_argument("--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS)
     arguments.add_argument("--objectives", nargs="+", default=["combined"])
@@ -76,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.headline:
         options.seeds, options.samples = [0, 1, 2], max(256, options.samples)
     kind = "headline" if options.headline else "reduced"
-    name = f"calibration-{options.task.replace(':', '.')}-{options.epsilon:g}-{options.steps}-{kind}"
+    name = f"calibration-{options.task.replace(':', '.')}-{options.epsilon:g}-{options.steps}-{kind}-{options.split}"
     root = options.root or remask_home() / "bench" / name
     if options.arm:
         run_arm(Arm(**json.loads(options.arm)), options, root)
@@ -86,9 +89,10 @@ def main(argv: list[str] | None = None) -> int:
     arms = plan(options)
     run_all(arms, list(sys.argv[1:] if argv is None else argv), root, options.concurrent)
     found = [json.loads((root / f"{arm.name}.json").read_text()) for arm in arms]
+    settings = {name: getattr(options, name) for name in SHARED}
     report(
-        "calibration", COLUMNS, [row_of(entry, found) for entry in found], options.output, task=options.task, epsilon=options.epsilon,
-        samples=options.samples, steps=options.steps, reference=kind, minutes=(time.perf_counter() - began) / 60,
+        "calibration", COLUMNS, [row_of(entry, found) for entry in found], options.output, **settings, reference=kind,
+        minutes=(time.perf_counter() - began) / 60,
     )  # fmt: skip
     return 0
 
@@ -152,14 +156,15 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
         seconds, trainable, encoder = time.perf_counter() - began, calibrated.num_trainable, calibrated.merged()
     model, original = (Classifier(each, task.centers).eval() for each in (encoder, frozen))
-    inputs, labels = sample(task, arm.modality, ~task.is_unseen(task.splits["test"]), 0, options.samples)
+    bound, flags = task.splits[options.split], []
+    inputs, labels = sample(bound, arm.modality, ~task.is_unseen(bound), 0, options.samples)
     suite = AttackSuite(auto=AutoAttackConfig() if options.headline else REDUCED)
     transfer = None if arm.placement == "frozen" else original
-    survived = suite.run(model, inputs, labels, frozen.box.radius(options.epsilon), arm.seed, transfer)
-    shares = {name: share_of(values).to_dict() for name, values in survived.items()}  # every attack: which one found the rest
+    survived = suite.run(model, inputs, labels, frozen.box.radius(options.epsilon), arm.seed, transfer, flags)
+    shares = {name: share_of(values).to_dict() for name, values in survived.items()}  # in order: which found the rest
     entry = {
         **vars(arm), "shares": shares, "trainable": trainable, "tower": count_weights(trunk_of(frozen)), "model": task_weights(task),
-        "seconds": seconds,
+        "seconds": seconds, "flags": flags,
     }  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     (root / f"{arm.name}.json").write_text(json.dumps(entry, indent=1))
@@ -178,6 +183,7 @@ def row_of(entry: dict, found: Sequence[dict]) -> list:
         entry["modality"], entry["placement"], entry["objective"], entry["seed"], 100 * clean, 100 * auto["share"], 100 * auto["low"],
         100 * auto["high"], 100 * shares["worst"]["share"], 100 * shares["naive"]["share"], gain, worst, change, entry["trainable"],
         100 * entry["trainable"] / entry["tower"], 100 * entry["trainable"] / entry["model"], entry["seconds"],
+        "; ".join(entry["flags"]),
     ]  # fmt: skip
 
 
