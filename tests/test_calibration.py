@@ -252,6 +252,14 @@ def test_the_command_trains_and_judges(tmp_path: Path, capsys: pytest.CaptureFix
     config = parse_config(TrainCalibrationConfig, ["--training.steps=2", "--placement.adapters.tune_norms=true"])
     assert config.training == replace(CalibrationTraining(), steps=2)
     assert config.placement == PlacementConfig(adapters=AdapterConfig(lora_rank=4, tune_norms=True))
+    assert config.terms == NAMED["combined"] and parse_config(TrainCalibrationConfig, ["--objective_name=robust"]).terms == NAMED["robust"]
+    assert parse_config(TrainCalibrationConfig, ["--objective.l2=0.5"]).terms == ObjectiveConfig(l2=0.5)
+    with pytest.raises(ValueError, match="leave one of them out"):  # though 0.25 is what l2 would be anyway
+        parse_config(TrainCalibrationConfig, ["--objective_name=robust", "--objective.l2=0.25"])
+    with pytest.raises(ValueError, match="No objective 'fare'; there are"):
+        parse_config(TrainCalibrationConfig, ["--objective_name=fare"])
+    with pytest.raises(ValueError, match="^Objective weights are"):
+        parse_config(TrainCalibrationConfig, ["--objective.l2=-1"])
     task = ["--task=tests.drawn_shapes:build_task", "--modality=heat"]
     brief = ["--training.steps=2", "--training.batch_size=8", "--attack.steps=1"]
     command = ["calibrate", "train", *task, *brief, f"--output_dir={tmp_path}"]

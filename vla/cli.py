@@ -268,6 +268,8 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, verb: str = "VER
         raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from error
     except (DraccusException, AttributeError) as error:
         cause = error.__cause__
+        while isinstance(cause, DraccusException):  # of an optional group's field
+            cause = cause.__cause__
         own = isinstance(cause, (ValueError, TypeError)) and "instantiate class" in str(error)
         text = " ".join(str(cause if own else error).split())
         raise ValueError(f"{text} (`vla {verb} --help` lists the settings)") from error

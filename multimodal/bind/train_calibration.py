@@ -15,7 +15,7 @@ from multimodal.bind.calibration import (
     save_calibration,
 )
 from multimodal.bind.interface import ModalityEncoder
-from multimodal.bind.objectives import ObjectiveConfig
+from multimodal.bind.objectives import ObjectiveConfig, named_objective
 from multimodal.bind.task import BindTask, count_weights, trunk_of
 from multimodal.schedule import TrainingConfig
 from multimodal.training import train
@@ -43,26 +43,38 @@ class TrainCalibrationConfig:
     modality: str = "image"
     partner: str | None = None  # modality whose clean embeddings the consistency term pulls towards
     placement: PlacementConfig = field(default_factory=PlacementConfig)
-    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    objective_name: str | None = None  # of multimodal/bind/objectives.py: ce, l2, .. robust; instead of single weights
+    objective: ObjectiveConfig | None = None  # single weights; default: those of `combined`
     attack: InnerAttackConfig = field(default_factory=InnerAttackConfig)
     training: CalibrationTraining = field(default_factory=CalibrationTraining)
     output_dir: Path | None = None  # default: REMASK_HOME/runs/calibration
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        if self.objective_name is not None and self.objective is not None:
+            raise ValueError(f"objective_name is {self.objective_name!r}, and objective.* is given too; leave one of them out.")
+        if self.objective_name is not None:
+            named_objective(self.objective_name)
+
+    @property
+    def terms(self) -> ObjectiveConfig:
+        """What the loss weighs."""
+        return self.objective or named_objective(self.objective_name or "combined")
+
 
 def calibrate(config: TrainCalibrationConfig, task: BindTask, output_dir: Path) -> Path:
     """Train and return the last checkpoint's calibration folder. Raises ValueError on a task or settings that do not fit."""
     encoder = task.check(config.modality)
-    if config.objective.consistency and (config.partner is None or config.partner == config.modality):
+    if config.terms.consistency and (config.partner is None or config.partner == config.modality):
         raise ValueError(
-            f"objective.consistency needs --partner, another modality than {config.modality!r}; this task has {sorted(task.encoders)}."
+            f"The consistency term needs --partner, another modality than {config.modality!r}; this task has {sorted(task.encoders)}."
         )
     model = CalibratedEncoder(encoder, config.placement, seed=config.training.seed)
     if model.num_trainable == 0:
         raise ValueError("Nothing to train: give --placement.head, --placement.adapters.lora_rank or --placement.adapters.tune_norms.")
     print(model.shares(task_weights(task)))
     source = CalibrationBatches(task, config.modality, config.partner, config.training.batch_size, config.training.seed)
-    loss = CalibrationLoss(config.objective, config.attack, task.centers[task.seen])
+    loss = CalibrationLoss(config.terms, config.attack, task.centers[task.seen])
 
     def save(folder: Path, state: dict[str, Tensor]) -> Path:
         return save_calibration(folder, model, state, {"epsilon": config.attack.epsilon, "steps": config.training.steps})
