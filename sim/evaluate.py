@@ -34,7 +34,7 @@ from sim.folder_lock import locked
 from sim.job_queue import JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.perturbations.kinds import NONE, PerturbConfig
-from sim.policy_source import PolicySource, answer, attacked, load_source, policy_threads
+from sim.policy_source import PolicySource, answer, attack_config, attacked, load_source, policy_threads
 from sim.results import EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
 from sim.seeds import start
 from sim.shards import episode_list, shard_of
@@ -238,7 +238,7 @@ def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
 def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
     name = f"{config.suite}-{config.split}-{checkpoint[:8]}"
     name += "" if config.perturb.kind == NONE else f"-{config.perturb.name}"
-    name += f"-{config.attack.get('kind', 'untargeted')}" if config.attack else ""
+    name += f"-{attack_config(config.attack).name}" if config.attack else ""
     name += "" if config.mesh_detail == 1 else f"-meshes-{config.mesh_detail:g}"
     name += "" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}"
     return Path(config.output_dir or remask_home() / "evaluations" / name).expanduser()

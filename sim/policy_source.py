@@ -6,13 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sim.episode_worker import Question
 from vla.interface import ActionChunk, Policy
 from vla.policy_folder import StoredPolicy, open_policy
+
+if TYPE_CHECKING:
+    from vla.attacked_policy import PolicyAttackConfig
 
 
 @dataclass(frozen=True)
@@ -70,9 +73,16 @@ def attacked(policy: StoredPolicy, attack: dict[str, Any]) -> StoredPolicy:
     """The policy as its attacker leaves it; itself without an attack. Raises ValueError for a policy without gradients."""
     if not attack:
         return policy
-    from vla.attacked_policy import AttackedPolicy, PolicyAttackConfig, check_attack
+    from vla.attacked_policy import AttackedPolicy
 
-    return AttackedPolicy(policy, PolicyAttackConfig(**check_attack(attack)))
+    return AttackedPolicy(policy, attack_config(attack))
+
+
+def attack_config(attack: dict[str, Any]) -> "PolicyAttackConfig":
+    """Every default resolved. It needs torch, so not at import: exported policies run without."""
+    from vla.attacked_policy import PolicyAttackConfig, check_attack
+
+    return PolicyAttackConfig(**check_attack(attack))
 
 
 def answer(policy: Policy, questions: list[Question], max_batch: int | None = None) -> list[ActionChunk]:

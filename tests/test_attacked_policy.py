@@ -17,8 +17,10 @@ from sim.policy_source import attacked
 from tests.reaching import SPEC, write_cache
 from tests.tiny_policy import ACTION_HORIZON, observations, write_policy
 from vla.attacked_policy import AttackedPolicy, PolicyAttackConfig, check_attack
-from vla.calibrate_policy import CalibratePolicyConfig, TokenMap, TokenMapLoss, calibrate_policy, measure
+from vla.calibrate_policy import CalibratePolicyConfig, TokenMap, TokenMapLoss, calibrate_policy, held_out_frames, measure
+from vla.data import ActionWindows
 from vla.decision import known_actions
+from vla.frame_cache import FrameCache
 from vla.merge import PolicyPath
 from vla.model import VLA
 from vla.policy import PolicyAssets, TorchPolicy, load_policy
@@ -133,15 +135,25 @@ def test_settings_that_do_not_fit_are_refused(policy: TorchPolicy) -> None:
 def test_vla_eval_takes_an_attack(policy: TorchPolicy) -> None:
     under = attacked(policy, {"kind": "untargeted", "epsilon": 2, "steps": 1})
     assert under.content_hash == f"{policy.content_hash}-untargeted-2-1" and attacked(policy, {}) is policy
-    folders = {output_dir(EvaluateConfig(attack=attack), "abcdefgh") for attack in ({}, {"kind": "noise"}, {"epsilon": 4})}
-    assert len(folders) == 3
 
 
-def test_a_calibrated_policy_differs_in_its_tower_only_and_drifts_less(folder: Path, tmp_path: Path) -> None:
+def test_an_attack_s_settings_tell_its_policy_and_its_folder_from_another_s(policy: TorchPolicy) -> None:
+    one = {"kind": "targeted", "epsilon": 4, "steps": 10, "instruction": "Pick up  the can"}
+    others = [one | change for change in ({"epsilon": 2}, {"steps": 5}, {"instruction": "open the drawer"})]
+    attacks = [{"kind": "noise"}, {"epsilon": 4}, one, *others]
+    assert len({attacked(policy, attack).content_hash for attack in attacks} | {policy.content_hash}) == 7
+    folders = [output_dir(EvaluateConfig(attack=attack), "abcdefgh").name for attack in ({}, *attacks)]
+    assert len(set(folders)) == 7 and folders[3].endswith("-abcdefgh-targeted-4-10-pick-up-the-can")
+    assert output_dir(EvaluateConfig(attack={"steps": 10}), "abcdefgh").name == folders[2]  # defaults named or not
+
+
+def test_a_calibrated_policy_differs_in_its_tower_only_and_drifts_less(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     data = write_cache(tmp_path / "data", episodes=3, length=6)
     config = CalibratePolicyConfig(
         policy=PolicyPath(str(folder)),
-        dataset=DatasetConfig(root=data, held_out_fraction=0.0),
+        dataset=DatasetConfig(root=data, held_out_fraction=0.2),  # the first episode
         adapters=AdapterConfig(lora_rank=2, tune_norms=True),
         attack=InnerAttackConfig(epsilon=8.0, steps=2),
         training=TrainingConfig(steps=12, batch_size=4, learning_rate=5e-3, warmup_steps=2, ema_decay=0.0, device="cpu"),
@@ -152,10 +164,15 @@ def test_a_calibrated_policy_differs_in_its_tower_only_and_drifts_less(folder: P
     assert before.keys() == after.keys() and assets.provenance["calibrated"]["from"] == str(folder)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("vlm.vision.") for name in changed)
-    frames = torch.as_tensor(np.stack([np.stack([item.images[camera] for camera in SPEC.cameras]) for item in observations(6)]))
+    kept = ActionWindows(FrameCache.open(data), ACTION_HORIZON, held_out_fraction=0.2, held_out=True)
+    frames = held_out_frames(load_policy(folder), [kept])
+    assert len(frames) == 6 and np.array_equal(frames, kept.gather(np.arange(6)).images)
     frozen = TokenMap(load_policy(folder).model.vlm.vision, assets.images, NO_ADAPTERS, seed=0)
     merged = TokenMap(load_policy(folder).model.vlm.vision, assets.images, NO_ADAPTERS, seed=0)
     merged.tower = load_policy(calibrated).model.vlm.vision.eval()
     loss = TokenMapLoss(config.attack)
-    assert measure(merged, loss, frames)["attacked_drift"] < measure(frozen, loss, frames)["attacked_drift"]
+    drift = [measure(each, loss, frames)["attacked_drift"] for each in (frozen, merged)]
+    assert drift[1] < drift[0] and measure(frozen, loss, frames, batch=6)["clean_drift"] == 0
+    shown = capsys.readouterr().out
+    assert f"attacked_drift {drift[0]:.4f} -> " in shown and "on 6 held-out windows" in shown
     assert load_policy(calibrated).act(observations(1))[0].actions.shape == (ACTION_HORIZON, SPEC.action_dim)

@@ -4,6 +4,7 @@ argmax has no gradient, so the attack goes through the logits of the first round
 that they expect. Whether it worked is judged by what the policy then does, which is the full decode.
 """
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -50,7 +51,9 @@ class PolicyAttackConfig:
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.epsilon}-{self.steps}"
+        """Of attacked policies and of folders: what another attack has not."""
+        towards = re.sub(r"\W+", "-", clean_instruction(self.instruction))
+        return f"{self.kind}-{self.epsilon}-{self.steps}" + (f"-{towards}" if towards else "")
 
 
 def check_attack(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,9 +6,11 @@ to give, for attacked frames, the tokens of the clean ones (the squared distance
 """
 
 import copy
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +24,7 @@ from multimodal.config import ImageConfig
 from multimodal.images import prepare_pixels
 from multimodal.training import LossTerms, train
 from vla.attacked_policy import GREY
-from vla.data import WindowMixture
+from vla.data import ActionWindows, WindowMixture
 from vla.home import remask_home
 from vla.merge import PolicyPath
 from vla.policy import TorchPolicy, load_policy
@@ -125,17 +127,32 @@ def calibrate_policy(config: CalibratePolicyConfig) -> Path:
 
     loss = TokenMapLoss(config.attack, config.clean_weight)
     output = (config.output_dir or remask_home() / "runs" / "calibrated-policy").expanduser()
-    before = measure(model, loss, frames(0))
+    kept = held_out_frames(policy, open_windows(windows, held_out=True))
+    before = None if kept is None else measure(model, loss, kept)
     last = train(model, loss, frames, config.training, output, save_model=save, resume=config.resume)
-    after = measure(model, loss, frames(0))
-    print("; ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before) + " (squared, relative, on one batch)")
+    if before is None:
+        print("drift: not measured, as no episode is held out (--dataset.held_out_fraction)")
+    else:
+        after = measure(model, loss, kept)
+        drift = "; ".join(f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before)
+        print(f"{drift} (squared, relative, on {len(kept)} held-out windows)")
     return last / "policy"
 
 
-def measure(model: TokenMap, loss: TokenMapLoss, frames: Tensor) -> dict[str, float]:
-    """Drift of the tokens of one batch under the training attack, and without: what the loss reports."""
-    terms = loss(model, frames.to(next(model.parameters()).device), torch.Generator().manual_seed(0))
-    return {name: float(value) for name, value in terms.metrics.items()}
+def held_out_frames(policy: TorchPolicy, kept: Sequence[ActionWindows], count: int = 64) -> Tensor | None:
+    """uint8 [B, C, H, W, 3] of `count` windows, evenly spaced over all held-out ones; None if there are none."""
+    if not kept:
+        return None
+    mixture = WindowMixture(kept)
+    batch = mixture.gather(np.unique(np.linspace(0, len(mixture) - 1, count).astype(int)))
+    return torch.as_tensor(policy.assets.transforms.forward_batch(batch).images)
+
+
+def measure(model: TokenMap, loss: TokenMapLoss, frames: Tensor, batch: int = 16) -> dict[str, float]:
+    """Drift of the frames' tokens under the training attack, and without: what the loss reports, mean over the frames."""
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(0)
+    parts = [(len(part), loss(model, part.to(device), generator).metrics) for part in frames.split(batch)]
+    return {name: sum(size * float(metrics[name]) for size, metrics in parts) / len(frames) for name in parts[0][1]}
 
 
 def write_calibrated(folder: Path, policy: TorchPolicy, model: TokenMap, state: dict[str, Tensor], config: CalibratePolicyConfig) -> Path:
