@@ -94,7 +94,7 @@ def test_any_state_of_the_hand_near_a_fixture_has_a_bounded_label(name):
     }
     world = worlds[name]
     middle = next(iter(world.bodies.values())).position_w
-    for state in states_of(world, 25, near=middle):
+    for state in states_of(world, 12, near=middle):
         check_label(state)
 
 
