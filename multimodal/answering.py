@@ -33,9 +33,9 @@ def text_hidden(model: VLM, images: Tensor, ids: Tensor, segment: Tensor, positi
     cache = model.decoder.new_cache()
     model.decoder.fill(embeddings, None, arange_positions(rows, 0, prefix, embeddings.device), cache)
     texts = PackedTexts(segment, prefix)
-    told, places = ids.flatten()[texts.places][None], prefix + position.flatten()[texts.places][None]
-    hidden = model.decoder(model.embed_text(told), texts, places, cache.joined())
-    spread = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, texts.places, hidden[0])
+    told, places = (texts.pad(values.flatten()[texts.places])[None] for values in (ids, prefix + position))
+    hidden = model.decoder(model.embed_text(told), texts, places, cache.joined())[0, : len(texts.places)]
+    spread = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, texts.places, hidden)
     return spread.view(*ids.shape, -1)
 
 

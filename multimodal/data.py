@@ -21,6 +21,7 @@ from multimodal.tokenizer import TextTokenizer
 
 Turns = Sequence[tuple[str, str]]  # questions and answers
 IGNORED = -100  # target of a position that nothing is predicted at
+LENGTH_MULTIPLE = 64  # of T, for the reason that multimodal/packed_texts.py gives
 
 
 class TextRows(NamedTuple):
@@ -96,7 +97,8 @@ class SceneTexts:
         rule; 1: answers do.
         """
         packed = [self._pack(scene, texts, length_power) for scene, texts in chosen]
-        length = max(len(row["ids"]) for row in packed)
+        longest = max(len(row["ids"]) for row in packed)
+        length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
         paddings = {"ids": self.tokenizer.pad_id, "targets": IGNORED, "segment": -1, "position": 0, "weight": 0.0}
         columns = {}
         for name, padding in paddings.items():

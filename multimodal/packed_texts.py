@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 GROUP = 8  # texts of one padded product: sorted by length, so that little of it is padding
+# Positions of the row, and of a group's longest text, are rounded up, so that a batch's tensors have the sizes of the last one's. A
+# new size in every step scatters glibc's heap until half of a step is spent looking for room (docs/log.md, 2026-11-30).
+ROW_MULTIPLE, TEXT_MULTIPLE = 256, 16
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,10 @@ class _Group:
 
 
 class PackedTexts:
-    """Stands where the decoder expects a mask: queries are N text positions, keys R * P image positions and those N."""
+    """Stands where the decoder expects a mask: queries are N text positions, keys R * P image positions and those N.
+
+    The last of the N are padding: nothing sees them, they see nothing, and attention gives them zeros.
+    """
 
     def __init__(self, segment: Tensor, prefix: int) -> None:
         """segment: int64 [R, T], the texts of each of R scenes by number, side by side, -1 for padding; prefix: image
@@ -37,7 +43,8 @@ class PackedTexts:
         scene, start, length = _texts(segment)
         order = torch.argsort(length, stable=True)
         scene, start, length = scene[order], start[order], length[order]
-        self.places = _ranges(start + scene * segment.shape[1], length)  # int64 [N] into the flat [R * T]
+        self.places = _ranges(start + scene * segment.shape[1], length)  # int64 [n] into the flat [R * T], padding left out
+        self.num_positions = _rounded(len(self.places), ROW_MULTIPLE)  # N
         self.groups: list[_Group] = []
         first = 0
         for texts in range(0, len(length), GROUP):
@@ -48,9 +55,13 @@ class PackedTexts:
     def num_image_positions(self) -> int:
         return self.num_scenes * self.prefix
 
+    def pad(self, values: Tensor) -> Tensor:
+        """Values [n] of the places -> [N], zeros behind them."""
+        return torch.nn.functional.pad(values, (0, self.num_positions - len(values)))
+
     def dense(self) -> Tensor:
         """The same as a boolean mask [1, 1, N, R * P + N]: the definition."""
-        total = self.groups[-1].stop
+        total = self.num_positions
         mask = torch.zeros(total, self.num_image_positions + total, dtype=torch.bool, device=self.places.device)
         for group in self.groups:
             block = group.hidden.logical_not().flatten(0, 1)[group.real]  # [n, P + L]
@@ -67,7 +78,7 @@ class PackedTexts:
         return _Attention.apply(query[0], keys[0], values[0], self)[None]
 
     def _group(self, first: int, scenes: Tensor, lengths: Tensor) -> _Group:
-        count, longest = len(lengths), int(lengths.max())
+        count, longest = len(lengths), _rounded(int(lengths.max()), TEXT_MULTIPLE)
         place = torch.arange(longest, device=lengths.device)
         starts = first + lengths.cumsum(0) - lengths
         own = starts[:, None] + torch.minimum(place[None], lengths[:, None] - 1)  # [G, L]
@@ -100,6 +111,7 @@ class _Attention(torch.autograd.Function):
             mixed = torch.bmm(weights, own_values).view(heads, count * length, size)
             result[:, group.start : group.stop] = mixed.index_select(1, group.real)
             kept += [own_query, own_keys, own_values, weights]
+        result[:, len(texts.places) :] = 0
         context.texts, context.num_keys = texts, keys.shape[1]
         context.save_for_backward(*kept)
         return result
@@ -120,6 +132,7 @@ class _Attention(torch.autograd.Function):
             to_query[:, group.start : group.stop] = own.index_select(1, group.real)
             _add(to_keys, torch.bmm(to_scores.transpose(1, 2), query).view(heads, count, -1, size), group, texts)
             _add(to_values, torch.bmm(weights.transpose(1, 2), upstream).view(heads, count, -1, size), group, texts)
+        to_query[:, len(texts.places) :] = 0
         return to_query, to_keys, to_values, None
 
 
@@ -130,6 +143,11 @@ def _add(total: Tensor, part: Tensor, group: _Group, texts: PackedTexts) -> None
     by_scene.index_add_(1, group.scenes, part[:, :, : texts.prefix])
     own = part[:, :, texts.prefix :].flatten(1, 2)
     total[:, images + group.start : images + group.stop] = own.index_select(1, group.real)
+
+
+def _rounded(count: int, multiple: int) -> int:
+    """The least multiple that holds `count`."""
+    return -(-count // multiple) * multiple
 
 
 def _texts(segment: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -19,15 +19,18 @@ def test_packed_attention_is_masked_attention(name: str, kv_heads: int) -> None:
     torch.manual_seed(0)
     segment, prefix = torch.tensor(SEGMENTS[name]), 3
     texts = PackedTexts(segment, prefix)
-    count = len(texts.places)
+    count = texts.num_positions
     shapes = ((1, 4, count, 6), *[(1, kv_heads, len(segment) * prefix + count, 6)] * 2)
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     upstream = torch.randn(shapes[0], dtype=torch.float64)
-    packed, masked = attend(*inputs, texts), attend(*inputs, texts.dense())
-    torch.testing.assert_close(packed, masked)
-    for mine, right in zip(
-        torch.autograd.grad(packed, inputs, upstream), torch.autograd.grad(masked, inputs, upstream), strict=True
-    ):
+    real = len(texts.places)
+    mask = texts.dense()
+    mask[:, :, real:, 0] = True  # softmax over nothing is not a number
+    packed, masked = attend(*inputs, texts), attend(*inputs, mask)
+    torch.testing.assert_close(packed[:, :, :real], masked[:, :, :real])
+    assert not packed[:, :, real:].any() and real < count
+    masked_gradient = torch.autograd.grad(masked[:, :, :real], inputs, upstream[:, :, :real])
+    for mine, right in zip(torch.autograd.grad(packed, inputs, upstream), masked_gradient, strict=True):
         torch.testing.assert_close(mine, right)
 
 
@@ -40,4 +43,7 @@ def test_the_dense_mask_shows_a_text_its_scene_and_its_own_past() -> None:
     images = torch.arange(len(segment)).repeat_interleave(prefix)
     same = (scene[:, None] == scene) & (number[:, None] == number) & (place[:, None] >= place)
     expected = torch.cat([scene[:, None] == images, same], dim=1)
-    assert torch.equal(texts.dense()[0, 0], expected)
+    count = len(expected)
+    mask = texts.dense()[0, 0]
+    assert torch.equal(torch.cat([mask[:count, : len(images)], mask[:count, len(images) :][:, :count]], dim=1), expected)
+    assert not mask[count:].any() and not mask[:, len(images) + count :].any()
