@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.spatial import cKDTree
 
-from sim.light_meshes import MIN_FACES, Triangles, simplified
+from sim.light_meshes import MIN_FACES, Triangles, simplified, simplified_once
 
 
 def sphere(rings: int = 48) -> Triangles:
@@ -42,6 +42,22 @@ def test_small_meshes_and_full_detail_stay_as_they_are():
     assert simplified(whole, 1.0) is whole
     small = Triangles(whole.positions[:MIN_FACES], whole.normals[:MIN_FACES], None)
     assert simplified(small, 0.01) is small
+
+
+def test_what_is_remembered_is_what_would_be_made_and_depends_on_all_of_a_mesh():
+    whole = sphere()
+    light = simplified_once(whole, 0.1)
+    again = simplified_once(sphere(), 0.1)
+    assert again is light
+    for mine, right in zip(vars(light).values(), vars(simplified(whole, 0.1)).values(), strict=True):
+        np.testing.assert_array_equal(mine, right)
+    others = [
+        simplified_once(whole, 0.2),
+        simplified_once(Triangles(whole.positions, whole.normals, None), 0.1),
+        simplified_once(Triangles(whole.positions, whole.normals, whole.texture + 0.01), 0.1),
+        simplified_once(Triangles(whole.positions, -whole.normals, whole.texture), 0.1),
+    ]
+    assert all(other is not light for other in others)
 
 
 def test_frames_are_nearly_equal_and_the_motion_is_the_same():
