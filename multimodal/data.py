@@ -17,6 +17,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from multimodal.corpus_file import Dialogue, Manifest, read_manifest, read_scenes, split_files
 from multimodal.dialogue import encode_dialogue
+from multimodal.packed_texts import rounded_up
 from multimodal.tokenizer import TextTokenizer
 
 Turns = Sequence[tuple[str, str]]  # questions and answers
@@ -97,8 +98,7 @@ class SceneTexts:
         rule; 1: answers do.
         """
         packed = [self._pack(scene, texts, length_power) for scene, texts in chosen]
-        longest = max(len(row["ids"]) for row in packed)
-        length = -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+        length = rounded_up(max(len(row["ids"]) for row in packed), LENGTH_MULTIPLE)
         paddings = {"ids": self.tokenizer.pad_id, "targets": IGNORED, "segment": -1, "position": 0, "weight": 0.0}
         columns = {}
         for name, padding in paddings.items():

@@ -44,7 +44,7 @@ class PackedTexts:
         order = torch.argsort(length, stable=True)
         scene, start, length = scene[order], start[order], length[order]
         self.places = _ranges(start + scene * segment.shape[1], length)  # int64 [n] into the flat [R * T], padding left out
-        self.num_positions = _rounded(len(self.places), ROW_MULTIPLE)  # N
+        self.num_positions = rounded_up(len(self.places), ROW_MULTIPLE)  # N
         self.groups: list[_Group] = []
         first = 0
         for texts in range(0, len(length), GROUP):
@@ -78,7 +78,7 @@ class PackedTexts:
         return _Attention.apply(query[0], keys[0], values[0], self)[None]
 
     def _group(self, first: int, scenes: Tensor, lengths: Tensor) -> _Group:
-        count, longest = len(lengths), _rounded(int(lengths.max()), TEXT_MULTIPLE)
+        count, longest = len(lengths), rounded_up(int(lengths.max()), TEXT_MULTIPLE)
         place = torch.arange(longest, device=lengths.device)
         starts = first + lengths.cumsum(0) - lengths
         own = starts[:, None] + torch.minimum(place[None], lengths[:, None] - 1)  # [G, L]
@@ -145,7 +145,7 @@ def _add(total: Tensor, part: Tensor, group: _Group, texts: PackedTexts) -> None
     total[:, images + group.start : images + group.stop] = own.index_select(1, group.real)
 
 
-def _rounded(count: int, multiple: int) -> int:
+def rounded_up(count: int, multiple: int) -> int:
     """The least multiple that holds `count`."""
     return -(-count // multiple) * multiple
 

@@ -130,14 +130,10 @@ def _texture_charts(triangles: Triangles) -> np.ndarray:
 
 
 def lighten(model: Any, context: Any, detail: float) -> None:
-    """Let the current GL context draw the model's meshes with a share `detail` of their triangles."""
-    for mesh in range(model.nmesh):
-        if model.mesh_facenum[mesh] <= MIN_FACES:
-            continue
-        whole = mesh_triangles(model, mesh)
-        light = simplified_once(whole, detail)
-        if len(light.positions) < len(whole.positions):
-            _compile_list(context.baseMesh + LISTS_PER_MESH * mesh, light)
+    """Let the current GL context draw the model's meshes with a share `detail`, below 1, of their triangles."""
+    for mesh in np.flatnonzero(model.mesh_facenum > MIN_FACES):
+        light = simplified_once(mesh_triangles(model, mesh), detail)
+        _compile_list(context.baseMesh + LISTS_PER_MESH * int(mesh), light)
 
 
 def _compile_list(number: int, triangles: Triangles) -> None:

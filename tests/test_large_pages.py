@@ -53,3 +53,15 @@ def test_only_the_shell_restarts(helpful: pytest.MonkeyPatch, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert "training" in capsys.readouterr().out
+    restarts = []
+    helpful.setattr(large_pages.os, "execve", lambda program, command, environment: restarts.append((command, environment)))
+    helpful.setattr(sys, "orig_argv", ["python", "-m", "vla.cli", "train", "--help"])
+    helpful.setattr(sys, "argv", ["vla", "train", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    ((command, environment),) = restarts
+    assert command == [sys.executable, "-m", "vla.cli", "train", "--help"] and environment["GLIBC_TUNABLES"] == TUNABLES
+    helpful.setattr(sys, "argv", ["vla", "experts", "--help"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert len(restarts) == 1

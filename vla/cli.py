@@ -26,12 +26,12 @@ class Verb:
     summary: str
     example: str
     config: str = ""  # "module:class" of these settings, for verbs of packages below this one, which cannot read a command line
-    trains: bool = False  # in this process, for minutes or hours
+    large_pages: bool = False  # starts itself again with them (vla/large_pages.py)
 
 
 GROUPS: dict[str, dict[str, Verb]] = {
     "Start here": {
-        "demo": Verb("sim.demo:main", "collect, train and evaluate on robosuite lift", "vla demo", trains=True),
+        "demo": Verb("sim.demo:main", "collect, train and evaluate on robosuite lift", "vla demo", large_pages=True),
         "doctor": Verb("sim.doctor:main", "what is installed, rendered, found; what to do for the rest", "vla doctor"),
     },
     "Work": {
@@ -49,13 +49,13 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "vla.train:main",
             "frame cache -> policy",
             "vla train --config_path configs/lift_demo.yaml --dataset.root=DATA --output_dir=RUN",
-            trains=True,
+            large_pages=True,
         ),
         "dagger": Verb(
             "sim.dagger:main",
             "correct a policy where it errs: roll out, label, train on",
             "vla dagger --policy=RUN/checkpoints/last/policy --dataset='[DATA]' --suite=robosuite_lift --rounds=3",
-            trains=True,
+            large_pages=True,
         ),
         "merge": Verb(
             "vla.merge:main",
@@ -77,14 +77,14 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "bound corpus (`vla corpus --bind`) -> encoders of image, video, depth, heat, sound, touch in one space",
             "vla train-bind --corpus=DATA --output_dir=RUN",
             config="multimodal.bind.binding:BindingConfig",
-            trains=True,
+            large_pages=True,
         ),
         "train-vlm": Verb(
             "multimodal.train_vlm:run",
             "corpus -> vision-language model",
             "vla train-vlm --config_path configs/desk_vlm.yaml --corpus=DATA --output_dir=RUN",
             config="multimodal.train_vlm:TrainVLMConfig",
-            trains=True,
+            large_pages=True,
         ),
         "eval": Verb(
             "sim.evaluate:main",
@@ -95,7 +95,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "vla.calibrate:main",
             "encoders, or a policy's eyes, made robust to attack (train), judged (eval)",
             "vla calibrate train --task=MODULE:FUNCTION --modality=depth --output_dir=RUN",
-            trains=True,
+            large_pages=True,
         ),
         "serve": Verb(
             "serve.server:main",
@@ -124,7 +124,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "serve.train_draft:main",
             "vision-language model -> draft that makes it answer faster",
             "vla train-draft --vlm=RUN/checkpoints/last/policy --corpus=DATA --output_dir=DRAFT",
-            trains=True,
+            large_pages=True,
         ),
     },
     "Exchange": {
@@ -170,7 +170,7 @@ GROUPS: dict[str, dict[str, Verb]] = {
             "loss and success of many runs against parameters, demonstrations and compute",
             "vla scaling --runs='[RUNS]' --output_dir=SCALING",
         ),
-        "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench decoding", trains=True),
+        "bench": Verb("vla.cli:bench", "run tests/benchmarks/bench_NAME.py (from a checkout)", "vla bench decoding"),
     },
 }
 VERBS: dict[str, Verb] = {name: verb for group in GROUPS.values() for name, verb in group.items()}
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(name, VERBS, n=1)
             raise ValueError(f"no verb {name!r}{f'; did you mean {near[0]!r}?' if near else ''} Verbs: {', '.join(VERBS)}.")
         verb = VERBS[name]
-        if verb.trains and from_shell:
+        if verb.large_pages and from_shell:
             restart_with_large_pages()
         settings = parse_config(resolve(verb.config), rest, verb=name) if verb.config else rest
         return resolve(verb.target)(settings) or 0

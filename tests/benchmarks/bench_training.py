@@ -1,6 +1,6 @@
 """Time and memory of one training step of the desk policy, and what each measure taken for it buys.
 
-Variants, all on the same synthetic batch: the shipped path; without each of its measures in turn; with what was tried and not
+As `vla train` runs, with large memory pages. Variants, all on the same synthetic batch: the shipped path; without each of its measures in turn; with what was tried and not
 taken (torch.compile, which needs a C++ compiler, is left out without one).
 """
 
@@ -23,6 +23,7 @@ from tests.benchmarks.harness import interleaved, median_ratio, parser, quiet_ma
 from vla.action_tokenizer import ActionTokenizer
 from vla.action_head import ActionBatch, HeadConfig
 from vla.heads import build_head
+from vla.large_pages import restart_with_large_pages
 from vla.model import VLA, VLAConfig
 
 TOKENIZER = ActionTokenizer(low=(-1.0,) * 7, high=(1.0,) * 7, bins=(255,) * 7, binary=(6,))
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--batch_size", type=int, default=32)
     arguments.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     options = arguments.parse_args(argv)
+    restart_with_large_pages()
     torch.set_num_threads(options.threads)
     if options.memory_of:  # a process of its own, so that no other variant's memory is reused
         step = build_step(options.batch_size, **(SHIPPED | VARIANTS[options.memory_of]))
