@@ -51,9 +51,10 @@ def main(argv: Sequence[str]) -> int:
 
 def compare(root: Path, frames: int, seed: int) -> list[Any]:
     """One row of the table; raises ValueError if the two do not even have the same episodes."""
+    ours = FrameCache.open(root)  # says what to do about a missing folder; lerobot's reader would ask the hub for it
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
-    theirs, ours = LeRobotDataset(f"local/{root.name}", root=root), FrameCache.open(root)
+    theirs = LeRobotDataset(f"local/{root.name}", root=root)
     lengths = np.diff(ours.episode_starts).tolist()
     if list(theirs.meta.episodes["length"]) != lengths:
         raise ValueError(f"{root}: lerobot reads {theirs.num_episodes} episodes, the cache has {ours.num_episodes} of other lengths.")
