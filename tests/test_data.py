@@ -1,7 +1,6 @@
 """Laws of the frame cache and its batches: bit-exact storage, windows inside episodes, order from (seed, step) alone."""
 
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -236,6 +235,3 @@ def test_mixture_refuses_sources_that_do_not_fit(cache):
         WindowMixture([ActionWindows(cache, 4), ActionWindows(cache, 5)])
     with pytest.raises(ValueError, match="one weight > 0"):
         WindowMixture([ActionWindows(cache, 4)], weights=[0])
-
-
-# -------------------------------------------------------------------------------------------------------------- prefetch
