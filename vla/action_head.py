@@ -25,7 +25,7 @@ class HeadConfig:
 
     type: str = "discrete_diffusion"  # discrete_diffusion | parallel | autoregressive | l1 | flow
     mask_draws: int = 4  # discrete diffusion, flow: corruptions trained per encoded prefix
-    replace_visible: float = 0.1  # discrete diffusion: share of visible tokens made wrong, and supervised
+    replace_visible: float = 0.1  # discrete diffusion: share of visible tokens replaced; all visible ones are supervised then
     known_prefix: float = 0.25  # probability that a chunk's first steps are given, as when continuing a running chunk
     max_known_steps: int = 4
 
