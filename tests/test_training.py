@@ -276,3 +276,6 @@ def test_config_errors_name_the_choices() -> None:
         TrainingConfig(steps=1, precision="fp16")
     with pytest.raises(ValueError, match="save_every is 0"):
         TrainingConfig(steps=1, save_every=0)
+    for spent in ({"steps": 0}, {"steps": -1}, {"minutes": 0.0}, {"steps": 1, "minutes": -1.0}):
+        with pytest.raises(ValueError, match=r"(steps|minutes) is (0|-1)"):
+            TrainingConfig(**spent)
