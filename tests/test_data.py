@@ -161,6 +161,7 @@ def test_tasks_and_cameras_select(cache):
     windows = ActionWindows(cache, H, tasks=[1], cameras=["wrist"])
     batch = windows.gather(np.arange(len(windows)))
     assert len(windows) == 5 and set(batch.state[:, 1]) == {1.0, 3.0} and batch.images.min() >= 100
+    assert windows.instructions == ("do 1",) and ActionWindows(cache, H).instructions == ("do 0", "do 1")
     with pytest.raises(ValueError, match=r"tasks \[7\].*holds tasks \[0, 1\]"):
         ActionWindows(cache, H, tasks=[0, 7])
     with pytest.raises(ValueError, match="No camera 'front'"):

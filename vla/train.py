@@ -132,8 +132,8 @@ def assemble_assets(
 
 
 def instructions_of(mixture: WindowMixture) -> list[str]:
-    """Every instruction of the data, cleaned, once."""
-    return sorted({clean_instruction(text) for source in mixture.sources for text in source.cache.instructions})
+    """Every instruction of the episodes that the windows are of, cleaned, once."""
+    return sorted({clean_instruction(text) for source in mixture.sources for text in source.instructions})
 
 
 def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
@@ -325,6 +325,8 @@ def train_policy(config: TrainConfig) -> Path:
     )
     kept = open_windows(config, held_out=True)
     held_out = WindowMixture(kept) if kept else None
+    if held_out is not None:
+        assets.encode_instructions(instructions_of(held_out))  # one too long is refused now, not at the first checkpoint
 
     def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
         """Held-out error of the weights just saved, if anything is held out."""
