@@ -69,6 +69,23 @@ def test_two_steps_and_a_resume_equal_four_steps_straight(cache, tmp_path):
     assert finished_policy(config) == resumed
 
 
+def test_a_run_is_not_resumed_on_other_data(tmp_path):
+    root = write_cache(tmp_path / "data")
+    config = settings(root, tmp_path / "run", steps=1)
+    train_policy(config)
+    actions = np.load(root / "action.npy")
+    np.save(root / "action.npy", 5 * actions)
+    with pytest.raises(ValueError, match="other data.*action ranges"):
+        train_policy(replace(config, resume=True))
+    np.save(root / "action.npy", actions)
+    np.save(root / "state.npy", 5 * np.load(root / "state.npy"))
+    with pytest.raises(ValueError, match="other data.*state ranges"):
+        train_policy(replace(config, resume=True))
+    write_cache(root, episodes=12)
+    with pytest.raises(ValueError, match="other data.*number of frames"):
+        train_policy(replace(config, resume=True))
+
+
 def test_the_words_are_those_of_the_chosen_tasks(tmp_path):
     frames = np.zeros((4, SPEC.image_size, SPEC.image_size, 3), dtype=np.uint8)
     with FrameCacheWriter(tmp_path / "cache", SPEC) as writer:

@@ -154,6 +154,27 @@ def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
     return Start(fresh, VLA(fresh.model), fresh.save)
 
 
+def check_same_data(fresh: PolicyAssets, folder: Path) -> None:
+    """Raise ValueError naming what a resumed run's data would change under the weights of the policy in `folder`."""
+
+    def facts(assets: PolicyAssets) -> dict[str, Any]:
+        state = assets.statistics
+        return {
+            "state ranges": [state.q01.tolist(), state.q99.tolist()],
+            "action ranges and bins": assets.action_tokenizer,
+            "words of the instructions": assets.text_tokenizer.to_json(),
+            "number of frames": assets.provenance["frames"],
+        }
+
+    saved = facts(PolicyAssets.load(folder)[0])
+    changed = [name for name, value in facts(fresh).items() if value != saved[name]]
+    if changed:
+        raise ValueError(
+            f"{folder} was trained on other data than this run's: {', '.join(changed)} differ. Restore the data sets and their "
+            "settings, or train on these in another --output_dir, with --start_from for the weights."
+        )
+
+
 def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[str]) -> Start:
     """The policy in `start_from`, trained on whole with this run's head, decoding and crops; adapters are merged first.
 
@@ -316,6 +337,9 @@ def train_policy(config: TrainConfig) -> Path:
     mixture = WindowMixture(open_windows(config, held_out=False), config.dataset.weights)
     start = begin(config, mixture)
     assets, model = start.assets, start.model
+    last = last_checkpoint(output_folder(config))
+    if config.resume and last is not None:
+        check_same_data(assets, last / "policy")
     device = torch.device("cuda" if config.training.device == "auto" and torch.cuda.is_available() else "cpu")
     tower = count_parameters(model.vlm.vision)
     basis = config.policy.backbone.path or f"preset {config.model.preset}"
