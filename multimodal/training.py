@@ -71,8 +71,8 @@ def train(
 ) -> Path:
     """Train `model` in place and return the last checkpoint's folder, `output_dir/checkpoints/STEP`.
 
-    batch_source: pure function of the index, called one batch ahead in a thread; tensors in its batch (in tuples, lists,
-        dicts) are moved to the device, anything else is passed on as it is.
+    batch_source: pure function of the index, called one batch ahead in a thread, which also moves the tensors in its batch
+        (in tuples, lists, dicts) to the model's device; anything else is passed on as it is.
     save_model(folder, state): writes the policy with these weights (the average, if there is one) into `folder`, which
         does not exist yet. Called by the main process.
     on_checkpoint(folder, step): after each checkpoint, in the main process, while the clock of `minutes` stands still;
@@ -111,7 +111,7 @@ def train(
 
     try:
         with Interruption() as interruption, ThreadPoolExecutor(1) as thread:
-            batches = _Ahead(batch_source, thread, loop.first_index, loop.accelerator.num_processes)
+            batches = _Ahead(loop.on_device(batch_source), thread, loop.first_index, loop.accelerator.num_processes)
             if previous is not None and loop.is_due:
                 validate()
             while loop.progress < 1 and not loop.stopped:
@@ -199,6 +199,11 @@ class _Loop:
             "progress": self.progress,
         }
 
+    def on_device(self, batch_source: Callable[[int], Any]) -> Callable[[int], Any]:
+        """The source with its batches on the model's device, by number: a thread has its own idea of the current one."""
+        device = next(self.model.parameters()).device
+        return lambda index: send_to_device(batch_source(index), device)
+
     def restart_clock(self) -> None:
         """Time since the last step does not count as training."""
         self._mark = time.monotonic()
@@ -235,7 +240,6 @@ class _Loop:
         rows = []
         for round_ in range(self.config.accumulation):
             index, batch = batches.take()
-            batch = send_to_device(batch, self.accelerator.device)
             seed_everything(self.generator, self.config.seed, index)
             is_last = round_ == self.config.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):

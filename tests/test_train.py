@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from multimodal.checkpoint import load_checkpoint
 from multimodal.config import get_preset
@@ -19,12 +20,21 @@ from multimodal.vlm_checkpoint import VLMAssets
 from tests.reaching import SPEC, write_cache
 from vla.cli import main as cli
 from vla.action_head import HeadConfig
-from vla.data import WindowMixture
+from vla.data import ActionWindows, WindowMixture
 from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.heads import HEADS
 from vla.interface import Observation
 from vla.policy import load_policy
-from vla.train import DatasetConfig, ModelConfig, TrainConfig, build_assets, finished_policy, open_windows, train_policy
+from vla.train import (
+    Collator,
+    DatasetConfig,
+    ModelConfig,
+    TrainConfig,
+    build_assets,
+    finished_policy,
+    open_windows,
+    train_policy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +107,13 @@ def test_the_words_are_those_of_the_chosen_tasks(tmp_path):
     assets = build_assets(config, WindowMixture(open_windows(config, held_out=False)))
     assert "left" in assets.text_tokenizer.vocabulary and "stay" not in assets.text_tokenizer.vocabulary
     assert assets.model.text_length == 3 + config.model.text_slack
+
+
+def test_a_batch_goes_whole_to_the_trainers_device(trained, cache):
+    windows = ActionWindows(FrameCache.open(cache), 4)
+    batch = send_to_device(Collator(load_policy(trained).assets)(windows.gather(np.arange(2))), torch.device("meta"))
+    tensors = [batch.images, batch.state, batch.text_ids, batch.text_mask, *batch.target]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_data_sets_too_small_to_hold_an_episode_out_are_trained_on_alone_and_beside_others(cache, tmp_path):

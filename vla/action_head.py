@@ -6,7 +6,7 @@ them: vla/heads.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ class HeadConfig:
             raise ValueError(f"HeadConfig.max_known_steps is {self.max_known_steps}; it must be at least 0.")
 
 
-@dataclass(frozen=True)
-class ActionBatch:
+class ActionBatch(NamedTuple):
     """Targets of a training batch."""
 
     tokens: Tensor  # int64 [B, H, D]

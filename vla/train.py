@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -222,9 +222,8 @@ def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[
     return Start(assets, model, assets.save)
 
 
-@dataclass(frozen=True)
-class PolicyBatch:
-    """A training batch on the device."""
+class PolicyBatch(NamedTuple):
+    """A training batch; a tuple, so that the training loop moves it to its device whole."""
 
     images: Tensor  # uint8 [B, C, H, W, 3]
     state: Tensor  # float32 [B, S], normalised
@@ -236,13 +235,13 @@ class PolicyBatch:
 class Collator:
     """numpy windows -> PolicyBatch, through the transforms that inference uses."""
 
-    def __init__(self, assets: PolicyAssets, device: torch.device) -> None:
-        self.assets, self.device = assets, device
+    def __init__(self, assets: PolicyAssets) -> None:
+        self.assets = assets
 
     def __call__(self, batch: Batch) -> PolicyBatch:
         inputs = self.assets.transforms.forward_batch(batch)
         images = torch.as_tensor(inputs.images)
-        return policy_batch(self.assets, images, inputs.state, inputs.instructions, batch.actions, batch.is_pad, self.device)
+        return policy_batch(self.assets, images, inputs.state, inputs.instructions, batch.actions, batch.is_pad)
 
 
 def policy_batch(
@@ -252,22 +251,15 @@ def policy_batch(
     instructions: Sequence[str],
     actions: np.ndarray,
     is_pad: np.ndarray,
-    device: torch.device,
 ) -> PolicyBatch:
-    """A batch on the device. images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by
-    `Transforms`); actions [B, H, D] in robot units; is_pad [B, H]."""
+    """images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by `Transforms`); actions
+    [B, H, D] in robot units; is_pad [B, H]."""
     ids, mask = assets.encode_instructions(instructions)
     tokens = torch.as_tensor(assets.action_tokenizer.encode(actions))
     values = torch.as_tensor(assets.action_tokenizer.coordinates(actions))
     unit = torch.as_tensor(assets.action_tokenizer.to_unit(actions))
-    move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-    return PolicyBatch(
-        images=move(images),
-        state=move(torch.as_tensor(state)),
-        text_ids=move(ids),
-        text_mask=move(mask),
-        target=ActionBatch(move(tokens), move(values), move(unit), move(torch.as_tensor(is_pad))),
-    )
+    target = ActionBatch(tokens, values, unit, torch.as_tensor(is_pad))
+    return PolicyBatch(images, torch.as_tensor(state), ids, mask, target)
 
 
 class PolicyLoss:
@@ -340,7 +332,6 @@ def train_policy(config: TrainConfig) -> Path:
     last = last_checkpoint(output_folder(config))
     if config.resume and last is not None:
         check_same_data(assets, last / "policy")
-    device = torch.device("cuda" if config.training.device == "auto" and torch.cuda.is_available() else "cpu")
     tower = count_parameters(model.vlm.vision)
     basis = config.policy.backbone.path or f"preset {config.model.preset}"
     print(
@@ -354,9 +345,10 @@ def train_policy(config: TrainConfig) -> Path:
 
     def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
         """Held-out error of the weights just saved, if anything is held out."""
-        return held_out_error(load_policy(folder / "policy", device=str(device)), held_out) if held_out else {}
+        device = str(next(model.parameters()).device)
+        return held_out_error(load_policy(folder / "policy", device=device), held_out) if held_out else {}
 
-    collate = Collator(assets, device)
+    collate = Collator(assets)
 
     def batch(index: int) -> PolicyBatch:
         return collate(mixture.batch(index, batch_size=config.training.batch_size, seed=config.training.seed))
