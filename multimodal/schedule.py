@@ -30,6 +30,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             raise ValueError("TrainingConfig needs steps or minutes; both are empty.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"TrainingConfig.steps is {self.steps}; it must be at least 1, or null if minutes end the run.")
+        if self.minutes is not None and self.minutes <= 0:
+            raise ValueError(f"TrainingConfig.minutes is {self.minutes}; it must be above 0, or null if steps end the run.")
         for name, choices in (("precision", ("fp32", "bf16")), ("device", ("auto", "cpu"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)!r}; choose one of {list(choices)}.")

@@ -71,12 +71,13 @@ def train(
 ) -> Path:
     """Train `model` in place and return the last checkpoint's folder, `output_dir/checkpoints/STEP`.
 
-    batch_source: pure function of the index, called one batch ahead in a thread; tensors in its batch (in tuples, lists,
-        dicts) are moved to the device, anything else is passed on as it is.
+    batch_source: pure function of the index, called one batch ahead in a thread, which also moves the tensors in its batch
+        (in tuples, lists, dicts) to the model's device; anything else is passed on as it is.
     save_model(folder, state): writes the policy with these weights (the average, if there is one) into `folder`, which
         does not exist yet. Called by the main process.
     on_checkpoint(folder, step): after each checkpoint, in the main process, while the clock of `minutes` stands still;
-        the policy is in folder / "policy". Numbers that it returns are logged as validation/NAME.
+        the policy is in folder / "policy". Numbers that it returns are logged as validation/NAME. If that was cut off, the
+        resumed run begins with it.
     resume: go on from output_dir/checkpoints/last.
 
     Ctrl-C or SIGTERM: the step is finished, a checkpoint written, KeyboardInterrupt raised with the command that goes on
@@ -97,9 +98,22 @@ def train(
         loop.restore(previous / "training_state")
     log = TrainingLog(run, first_step=loop.position.step, steps=config.steps) if loop.is_main else None
     folder = previous
+
+    def validate() -> None:
+        """Log the scores of the step just saved, unless the log has them."""
+        if log is not None and on_checkpoint is not None and not log.is_validated(loop.position.step):
+            interruption.at_once = True  # the step is saved, so Ctrl-C may end a long validation
+            scores = on_checkpoint(folder, loop.position.step) or {}
+            interruption.at_once = False
+            log.write(loop.position.step, {f"validation/{name}": float(score) for name, score in scores.items()})
+        loop.accelerator.wait_for_everyone()
+        loop.restart_clock()
+
     try:
         with Interruption() as interruption, ThreadPoolExecutor(1) as thread:
-            batches = _Ahead(batch_source, thread, loop.first_index, loop.accelerator.num_processes)
+            batches = _Ahead(loop.on_device(batch_source), thread, loop.first_index, loop.accelerator.num_processes)
+            if previous is not None and loop.is_due:
+                validate()
             while loop.progress < 1 and not loop.stopped:
                 values = loop.step(batches, interruption)
                 step = loop.position.step
@@ -107,15 +121,10 @@ def train(
                     log.step()
                     if step % config.log_every == 0 or step == 1 or loop.progress >= 1:
                         log.write(step, values)
-                if step % config.save_every == 0 or loop.progress >= 1 or loop.stopped:
+                if loop.is_due or loop.stopped:
                     folder = loop.save(save_model)
-                    if log is not None and on_checkpoint is not None and not loop.stopped:
-                        interruption.at_once = True  # the step is saved, so Ctrl-C may end a long validation
-                        scores = on_checkpoint(folder, step) or {}
-                        interruption.at_once = False
-                        log.write(step, {f"validation/{name}": float(score) for name, score in scores.items()})
-                    loop.accelerator.wait_for_everyone()
-                    loop.restart_clock()
+                    if not loop.stopped:
+                        validate()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(_interrupted(run)) from None
     finally:
@@ -148,6 +157,11 @@ class _Loop:
     @property
     def progress(self) -> float:
         return progress(self.position.step, self.config.steps, self.position.elapsed, self.config.minutes)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether this step is to be saved and validated."""
+        return self.position.step % self.config.save_every == 0 or self.progress >= 1
 
     @property
     def first_index(self) -> int:
@@ -185,6 +199,11 @@ class _Loop:
             "progress": self.progress,
         }
 
+    def on_device(self, batch_source: Callable[[int], Any]) -> Callable[[int], Any]:
+        """The source with its batches on the model's device, by number: a thread has its own idea of the current one."""
+        device = next(self.model.parameters()).device
+        return lambda index: send_to_device(batch_source(index), device)
+
     def restart_clock(self) -> None:
         """Time since the last step does not count as training."""
         self._mark = time.monotonic()
@@ -221,7 +240,6 @@ class _Loop:
         rows = []
         for round_ in range(self.config.accumulation):
             index, batch = batches.take()
-            batch = send_to_device(batch, self.accelerator.device)
             seed_everything(self.generator, self.config.seed, index)
             is_last = round_ == self.config.accumulation - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.module):

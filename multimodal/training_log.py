@@ -22,6 +22,7 @@ class TrainingLog:
         self._path = folder / LOG
         kept = [row for row in read_log(folder) if row["step"] <= first_step]
         self._path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        self._validated = {row["step"] for row in kept if "loss" not in row}  # a row of training always has its loss
         self._file = self._path.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
         every = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs fewer lines than a terminal
@@ -30,6 +31,10 @@ class TrainingLog:
     def step(self) -> None:
         """Move the bar by one step."""
         self._bar.update()
+
+    def is_validated(self, step: int) -> bool:
+        """Whether the run that is resumed got as far as the validation after `step`."""
+        return step in self._validated
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record scalars measured after `step` steps. Names may hold a slash (`validation/success`)."""

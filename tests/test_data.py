@@ -1,7 +1,6 @@
 """Laws of the frame cache and its batches: bit-exact storage, windows inside episodes, order from (seed, step) alone."""
 
 import json
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -162,6 +161,7 @@ def test_tasks_and_cameras_select(cache):
     windows = ActionWindows(cache, H, tasks=[1], cameras=["wrist"])
     batch = windows.gather(np.arange(len(windows)))
     assert len(windows) == 5 and set(batch.state[:, 1]) == {1.0, 3.0} and batch.images.min() >= 100
+    assert windows.instructions == ("do 1",) and ActionWindows(cache, H).instructions == ("do 0", "do 1")
     with pytest.raises(ValueError, match=r"tasks \[7\].*holds tasks \[0, 1\]"):
         ActionWindows(cache, H, tasks=[0, 7])
     with pytest.raises(ValueError, match="No camera 'front'"):
@@ -236,6 +236,3 @@ def test_mixture_refuses_sources_that_do_not_fit(cache):
         WindowMixture([ActionWindows(cache, 4), ActionWindows(cache, 5)])
     with pytest.raises(ValueError, match="one weight > 0"):
         WindowMixture([ActionWindows(cache, 4)], weights=[0])
-
-
-# -------------------------------------------------------------------------------------------------------------- prefetch

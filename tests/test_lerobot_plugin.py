@@ -201,7 +201,7 @@ def test_the_loss_is_that_of_vla_train(theirs, cache):
     loss, logged = policy.forward(given)
     torch.manual_seed(3)
     generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())))
-    terms = policy._loss_step(policy.model, Collator(policy.assets, torch.device("cpu"))(batch), generator)
+    terms = policy._loss_step(policy.model, Collator(policy.assets)(batch), generator)
     torch.testing.assert_close(loss, terms.loss_sum / terms.normalizer, rtol=0, atol=0)
     assert logged["loss"] == loss.item()
     with pytest.raises(ValueError, match="use_rabc"):

@@ -9,7 +9,7 @@ import torch
 from multimodal.attention import KVCache, block_mask, causal_mask, prefix_mask, tree_mask
 from multimodal.config import DecoderConfig, get_preset
 from multimodal.decoder import Decoder, arange_positions
-from vla.action_head import HEAD_TYPES, ActionBatch, HeadConfig, KnownActions
+from vla.action_head import HEAD_TYPES, ActionBatch, HeadConfig, KnownActions, draw_known_steps
 from vla.action_tokenizer import ActionTokenizer
 from vla.continuous_heads import draw_times
 from vla.decoding import DecodeConfig
@@ -230,6 +230,16 @@ def test_an_euler_step_of_the_true_velocity_lands_on_the_actions():
     values, rounds = head.predict(Oracle(), None, torch.zeros(2, 4, 3), none, DecodeConfig(rounds=5), [0, 1])
     torch.testing.assert_close(values, target, atol=1e-5, rtol=1e-5)
     assert rounds == 5
+
+
+def test_a_chunk_that_has_no_room_for_known_steps_is_given_none():
+    for horizon, most in ((1, 4), (4, 0)):
+        config = HeadConfig(known_prefix=1.0, max_known_steps=most)
+        assert not draw_known_steps(3, horizon, config, torch.Generator()).any()
+    with pytest.raises(ValueError, match="known_prefix is 1.5"):
+        HeadConfig(known_prefix=1.5)
+    with pytest.raises(ValueError, match="max_known_steps is -1"):
+        HeadConfig(max_known_steps=-1)
 
 
 def test_flow_times_favour_noise_as_pi0_does():

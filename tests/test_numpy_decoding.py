@@ -90,6 +90,21 @@ def test_equal_logits_are_decided_alike():
         assert_equal(*both(flat, nothing, nothing > 0, config, [0, 1], np.ones(NUM_SLOTS, dtype=bool)))
 
 
+def test_a_token_too_unlikely_for_its_neighbourhoods_sum_is_committed_all_the_same():
+    """Ids of probability 1e-8, sampled hot: their mass within a radius is the difference of two sums near 1, so exactly 0."""
+
+    def peaked(tokens: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        logits = np.full((len(rows), NUM_SLOTS, VOCAB), -18.0, dtype=np.float32)
+        logits[:, :, 0] = 0.0
+        return logits
+
+    nothing = np.zeros((20, NUM_SLOTS), dtype=np.int64)
+    config = DecodeConfig(rounds=2, token_temperature=6.0, confidence_radius=1)
+    there, here = both(peaked, nothing, nothing > 0, config, list(range(20)), np.ones(NUM_SLOTS, dtype=bool))
+    assert_equal(there, here)
+    assert (here.tokens > 1).any() and (here.tokens != MASK).all()
+
+
 def test_a_rows_noise_depends_on_its_seed_alone():
     together, alone = RowNoise([3, 4]), RowNoise([4])
     together.uniform([0, 1], 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.utils import send_to_device
 
 from multimodal.checkpoint import load_checkpoint
 from multimodal.config import get_preset
@@ -18,12 +19,22 @@ from multimodal.vlm import VLM
 from multimodal.vlm_checkpoint import VLMAssets
 from tests.reaching import SPEC, write_cache
 from vla.cli import main as cli
-from vla.frame_cache import FrameCache
 from vla.action_head import HeadConfig
+from vla.data import ActionWindows, WindowMixture
+from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.heads import HEADS
 from vla.interface import Observation
 from vla.policy import load_policy
-from vla.train import DatasetConfig, ModelConfig, TrainConfig, finished_policy, train_policy
+from vla.train import (
+    Collator,
+    DatasetConfig,
+    ModelConfig,
+    TrainConfig,
+    build_assets,
+    finished_policy,
+    open_windows,
+    train_policy,
+)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +77,43 @@ def test_two_steps_and_a_resume_equal_four_steps_straight(cache, tmp_path):
     first, second = load_checkpoint(straight).state, load_checkpoint(resumed).state
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     assert finished_policy(config) == resumed
+
+
+def test_a_run_is_not_resumed_on_other_data(tmp_path):
+    root = write_cache(tmp_path / "data")
+    config = settings(root, tmp_path / "run", steps=1)
+    train_policy(config)
+    actions = np.load(root / "action.npy")
+    np.save(root / "action.npy", 5 * actions)
+    with pytest.raises(ValueError, match="other data.*action ranges"):
+        train_policy(replace(config, resume=True))
+    np.save(root / "action.npy", actions)
+    np.save(root / "state.npy", 5 * np.load(root / "state.npy"))
+    with pytest.raises(ValueError, match="other data.*state ranges"):
+        train_policy(replace(config, resume=True))
+    write_cache(root, episodes=12)
+    with pytest.raises(ValueError, match="other data.*number of frames"):
+        train_policy(replace(config, resume=True))
+
+
+def test_the_words_are_those_of_the_chosen_tasks(tmp_path):
+    frames = np.zeros((4, SPEC.image_size, SPEC.image_size, 3), dtype=np.uint8)
+    with FrameCacheWriter(tmp_path / "cache", SPEC) as writer:
+        for task, text in enumerate(("go left", "stay exactly where you happen to be standing now")):
+            vectors = np.zeros((4, 3), dtype=np.float32)
+            writer.add_episode({camera: frames for camera in SPEC.cameras}, vectors, vectors, instruction=text, task=task)
+    config = settings(tmp_path / "cache", tmp_path / "run")
+    config = replace(config, dataset=DatasetConfig(root=tmp_path / "cache", tasks=[0], held_out_fraction=0.0))
+    assets = build_assets(config, WindowMixture(open_windows(config, held_out=False)))
+    assert "left" in assets.text_tokenizer.vocabulary and "stay" not in assets.text_tokenizer.vocabulary
+    assert assets.model.text_length == 3 + config.model.text_slack
+
+
+def test_a_batch_goes_whole_to_the_trainers_device(trained, cache):
+    windows = ActionWindows(FrameCache.open(cache), 4)
+    batch = send_to_device(Collator(load_policy(trained).assets)(windows.gather(np.arange(2))), torch.device("meta"))
+    tensors = [batch.images, batch.state, batch.text_ids, batch.text_mask, *batch.target]
+    assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
 def test_data_sets_too_small_to_hold_an_episode_out_are_trained_on_alone_and_beside_others(cache, tmp_path):

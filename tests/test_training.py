@@ -90,6 +90,23 @@ def test_two_steps_and_two_resumed_equal_four_straight(tmp_path: Path) -> None:
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_a_checkpoint_whose_validation_was_cut_off_is_validated_on_resume(tmp_path: Path) -> None:
+    validated = []
+
+    def validate(folder: Path, step: int) -> dict[str, float]:
+        validated.append(step)
+        if validated == [2, 4]:
+            raise KeyboardInterrupt
+        return {"success": 0.5}
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, on_checkpoint=validate)
+    run(tmp_path, on_checkpoint=validate, resume=True)
+    run(tmp_path, on_checkpoint=validate, resume=True)
+    assert validated == [2, 4, 4]
+    assert [row["step"] for row in read_log(tmp_path) if "validation/success" in row] == [2, 4]
+
+
 def test_training_changes_parameters_and_the_average_lags(tmp_path: Path) -> None:
     state = contents(run(tmp_path))
     assert not torch.equal(state["model.first.bias"], Regressor().first.bias)
@@ -276,3 +293,6 @@ def test_config_errors_name_the_choices() -> None:
         TrainingConfig(steps=1, precision="fp16")
     with pytest.raises(ValueError, match="save_every is 0"):
         TrainingConfig(steps=1, save_every=0)
+    for spent in ({"steps": 0}, {"steps": -1}, {"minutes": 0.0}, {"steps": 1, "minutes": -1.0}):
+        with pytest.raises(ValueError, match=r"(steps|minutes) is (0|-1)"):
+            TrainingConfig(**spent)

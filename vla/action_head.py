@@ -6,7 +6,7 @@ them: vla/heads.py.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class HeadConfig:
 
     type: str = "discrete_diffusion"  # discrete_diffusion | parallel | autoregressive | l1 | flow
     mask_draws: int = 4  # discrete diffusion, flow: corruptions trained per encoded prefix
-    replace_visible: float = 0.1  # discrete diffusion: share of visible tokens made wrong, and supervised
+    replace_visible: float = 0.1  # discrete diffusion: share of visible tokens replaced; all visible ones are supervised then
     known_prefix: float = 0.25  # probability that a chunk's first steps are given, as when continuing a running chunk
     max_known_steps: int = 4
 
@@ -33,10 +33,14 @@ class HeadConfig:
         check_choice("HeadConfig", "type", self.type, HEAD_TYPES)
         if self.mask_draws < 1:
             raise ValueError(f"HeadConfig.mask_draws is {self.mask_draws}; at least one corruption per prefix is needed.")
+        for name in ("replace_visible", "known_prefix"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"HeadConfig.{name} is {getattr(self, name)}; it is a share, 0 to 1.")
+        if self.max_known_steps < 0:
+            raise ValueError(f"HeadConfig.max_known_steps is {self.max_known_steps}; it must be at least 0.")
 
 
-@dataclass(frozen=True)
-class ActionBatch:
+class ActionBatch(NamedTuple):
     """Targets of a training batch."""
 
     tokens: Tensor  # int64 [B, H, D]
@@ -66,9 +70,11 @@ class ActionHead(Protocol):
 
 
 def draw_known_steps(rows: int, action_horizon: int, config: HeadConfig, generator: torch.Generator) -> Tensor:
-    """Some rows start with one to max_known_steps given steps: bool [rows, H]."""
+    """Some rows start with one to max_known_steps given steps, and one at least to predict: bool [rows, H]."""
     most = min(config.max_known_steps, action_horizon - 1)
     device = generator.device
+    if most < 1:
+        return torch.zeros(rows, action_horizon, dtype=torch.bool, device=device)
     chosen = torch.rand(rows, generator=generator, device=device) < config.known_prefix
     steps = torch.randint(1, most + 1, (rows,), generator=generator, device=device) * chosen
     return torch.arange(action_horizon, device=device) < steps[:, None]

@@ -90,6 +90,7 @@ class ActionWindows:
                 f"{held_out_fraction}, held_out {held_out}. Collect more episodes or change the fraction."
             )
         self.num_episodes = int(chosen.sum())
+        self.instructions = tuple(cache.instructions[i] for i in np.unique(cache.episode_instructions[chosen]))
         self._starts = np.flatnonzero(chosen[cache.episode])
 
     def __len__(self) -> int:

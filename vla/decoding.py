@@ -124,7 +124,7 @@ def _propose(probs: Tensor, temperature: float, noise: _Noise) -> Tensor:
 
 def _commit(score: Tensor, masked: Tensor, num_free: Tensor, index: int, config: DecodeConfig, noise: _Noise) -> Tensor:
     """Which masked slots become tokens in this round: bool [R, L]."""
-    order = score.double().log()
+    order = score.clamp_min(torch.finfo(score.dtype).tiny).double().log()  # a score of 0 still goes before what is not masked
     if config.order_temperature > 0.0:
         progress = (index + 1) / config.rounds
         order = order + config.order_temperature * (1.0 - progress) * noise.gumbel(score.shape[1])

@@ -41,7 +41,7 @@ class Corruption:
 
     noisy_tokens: Tensor  # int64
     is_masked: Tensor  # bool; these are predicted from nothing
-    is_replaced: Tensor  # bool; visible but wrong
+    is_suspect: Tensor  # bool; visible, and wrong in some share: to be predicted too, whether right or wrong
 
 
 def corrupt(
@@ -76,9 +76,11 @@ def replace_visible(
     generator: torch.Generator | None = None,
     is_known: Tensor | None = None,
 ) -> Corruption:
-    """Replace a share of the visible slots by wrong tokens, half near the truth (within `jitter` ids), half anywhere.
+    """Replace a share of the visible slots by other tokens, half near the truth (within `jitter` ids), half anywhere.
 
-    Training on them makes the confidence at committed slots mean something, which remasking rules rely on.
+    All visible slots that are not known become suspect, the right ones too: trained on both in their true proportion, the
+    probability of a shown token is that of its being right, which remasking rules read. Trained on the wrong ones alone it
+    would be 0 at every visible slot. A draw that meets the token which is there leaves it.
     first_id, last_id: int64 [L], the inclusive range of ids each slot may hold.
     """
     shape = clean_tokens.shape
@@ -86,10 +88,9 @@ def replace_visible(
     chosen = visible & (uniform(shape, generator) < share)
     near = clean_tokens + torch.round((2 * uniform(shape, generator) - 1) * jitter).long()
     anywhere = first_id + (uniform(shape, generator) * (last_id - first_id + 1)).long()
-    wrong = torch.where(uniform(shape, generator) < 0.5, near, anywhere)
-    wrong = torch.minimum(torch.maximum(wrong, first_id.expand(shape)), last_id.expand(shape))
-    chosen &= wrong != clean_tokens
-    return Corruption(torch.where(chosen, wrong, corruption.noisy_tokens), corruption.is_masked, chosen)
+    other = torch.where(uniform(shape, generator) < 0.5, near, anywhere)
+    other = torch.minimum(torch.maximum(other, first_id.expand(shape)), last_id.expand(shape))
+    return Corruption(torch.where(chosen, other, corruption.noisy_tokens), corruption.is_masked, visible)
 
 
 def masked_after(round_index: int, rounds: int, num_slots: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ def _schema(assets: PolicyAssets) -> str:
         f"{name} in {{-1, 1}}" if index in spec.binary_actions else f"{name} {low[index]:.3g} .. {high[index]:.3g}"
         for index, name in enumerate(spec.action_names)
     )
-    return "\n".join(rows) + f"\n\nRanges of the actions in the data: {ranges}. Unknown words and other cameras are errors, not guesses."
+    return "\n".join(rows) + f"\n\nRanges of the actions in the data: {ranges}. Other cameras are errors, not guesses."
 
 
 def _training(assets: PolicyAssets) -> dict[str, Any]:

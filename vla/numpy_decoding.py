@@ -119,7 +119,7 @@ def _commit(
     score: np.ndarray, masked: np.ndarray, num_free: np.ndarray, index: int, config: DecodeConfig, noise: _Noise
 ) -> np.ndarray:
     """Which masked slots become tokens in this round: bool [R, L]."""
-    order = _log(score)
+    order = np.log(np.maximum(score, np.finfo(score.dtype).tiny).astype(np.float64))
     if config.order_temperature > 0.0:
         progress = (index + 1) / config.rounds
         order = order + config.order_temperature * (1.0 - progress) * noise.gumbel(score.shape[1])

@@ -32,26 +32,31 @@ def supervised_loss(
     hidden: Tensor,
     targets: Tensor,
     values: Tensor,
-    is_supervised: Tensor,
+    is_unseen: Tensor,
+    is_suspect: Tensor,
     layout: SlotLayout,
 ) -> HeadLoss:
-    """The objective over each slot's own ids, averaged within a row, summed over rows.
+    """The objective over each slot's own ids, averaged over a row's unseen slots, summed over rows; suspect ones added.
 
-    hidden [R, L, width]; targets, values, is_supervised [R, L]. Every row weighs the same however many slots it
-    supervises.
+    hidden [R, L, width]; targets, values [R, L]; is_unseen, is_suspect [R, L], disjoint: slots whose token the model does not
+    see, and slots whose token it sees and may not trust. Every row weighs the same however many slots it has unseen. Each
+    suspect slot adds 1 / (unseen + suspect) of its loss, at most an unseen one's weight; it counts in no other weight and
+    not in the normalizer, so the gradient of the unseen slots is what it would be without suspect ones.
     """
-    per_row = is_supervised.sum(1)
+    is_supervised = is_unseen | is_suspect
+    num_unseen, num_supervised = is_unseen.sum(1, keepdim=True), is_supervised.sum(1, keepdim=True)
+    weight = torch.where(is_unseen, 1.0 / num_unseen, 1.0 / num_supervised)
     row, slot = is_supervised.nonzero(as_tuple=True)
     loss_sum = objective(
         hidden[row, slot],
         model.action_head.weight,
         targets[row, slot],
         values=values[row, slot],
-        token_weight=1.0 / per_row[row],
+        token_weight=weight[row, slot],
         vocab_range=layout.ranges[slot],
         reduction="sum",
     )
-    return HeadLoss(loss_sum, int((per_row > 0).sum()))
+    return HeadLoss(loss_sum, int((num_unseen > 0).sum()))
 
 
 class TokenHead:
@@ -94,9 +99,9 @@ class DiscreteDiffusionHead(TokenHead):
         is_known = known_steps.repeat_interleave(model.config.action_dim, dim=1)
         corruption = self._corrupt(clean, is_known, layout, generator)
         hidden = model.action_hidden(corruption.noisy_tokens, prefix.repeat(draws) if draws > 1 else prefix)
-        is_supervised = (corruption.is_masked | corruption.is_replaced) & ~is_pad
+        is_unseen, is_suspect = corruption.is_masked & ~is_pad, corruption.is_suspect & ~is_pad
         values = batch.values.flatten(1).repeat_interleave(draws, dim=0)
-        return supervised_loss(model, self.objective, hidden, clean, values, is_supervised, layout)
+        return supervised_loss(model, self.objective, hidden, clean, values, is_unseen, is_suspect, layout)
 
     def decode(
         self, model: VLA, prefix: Prefix, known: Tensor, is_known: Tensor, config: DecodeConfig, seeds: Sequence[int]
@@ -152,8 +157,9 @@ class AutoregressiveHead(TokenHead):
         clean = batch.tokens.flatten(1)
         previous = torch.cat([torch.full_like(clean[:, :1], model.config.mask_id), clean[:, :-1]], dim=1)
         hidden = model.causal_hidden(previous, prefix, prefix.cache.view())
-        is_supervised = ~batch.is_pad.repeat_interleave(model.config.action_dim, dim=1)
-        return supervised_loss(model, self.objective, hidden, clean, batch.values.flatten(1), is_supervised, layout)
+        is_unseen = ~batch.is_pad.repeat_interleave(model.config.action_dim, dim=1)
+        none = torch.zeros_like(is_unseen)
+        return supervised_loss(model, self.objective, hidden, clean, batch.values.flatten(1), is_unseen, none, layout)
 
     def decode(
         self, model: VLA, prefix: Prefix, known: Tensor, is_known: Tensor, config: DecodeConfig, seeds: Sequence[int]

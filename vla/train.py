@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -132,8 +132,8 @@ def assemble_assets(
 
 
 def instructions_of(mixture: WindowMixture) -> list[str]:
-    """Every instruction of the data, cleaned, once."""
-    return sorted({clean_instruction(text) for source in mixture.sources for text in source.cache.instructions})
+    """Every instruction of the episodes that the windows are of, cleaned, once."""
+    return sorted({clean_instruction(text) for source in mixture.sources for text in source.instructions})
 
 
 def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
@@ -152,6 +152,27 @@ def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
     if config.policy.backbone.path is not None:
         return begin_on_published(config.policy.backbone, fresh, instructions_of(mixture), config.model.text_slack)
     return Start(fresh, VLA(fresh.model), fresh.save)
+
+
+def check_same_data(fresh: PolicyAssets, folder: Path) -> None:
+    """Raise ValueError naming what a resumed run's data would change under the weights of the policy in `folder`."""
+
+    def facts(assets: PolicyAssets) -> dict[str, Any]:
+        state = assets.statistics
+        return {
+            "state ranges": [state.q01.tolist(), state.q99.tolist()],
+            "action ranges and bins": assets.action_tokenizer,
+            "words of the instructions": assets.text_tokenizer.to_json(),
+            "number of frames": assets.provenance["frames"],
+        }
+
+    saved = facts(PolicyAssets.load(folder)[0])
+    changed = [name for name, value in facts(fresh).items() if value != saved[name]]
+    if changed:
+        raise ValueError(
+            f"{folder} was trained on other data than this run's: {', '.join(changed)} differ. Restore the data sets and their "
+            "settings, or train on these in another --output_dir, with --start_from for the weights."
+        )
 
 
 def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[str]) -> Start:
@@ -201,9 +222,8 @@ def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[
     return Start(assets, model, assets.save)
 
 
-@dataclass(frozen=True)
-class PolicyBatch:
-    """A training batch on the device."""
+class PolicyBatch(NamedTuple):
+    """A training batch; a tuple, so that the training loop moves it to its device whole."""
 
     images: Tensor  # uint8 [B, C, H, W, 3]
     state: Tensor  # float32 [B, S], normalised
@@ -215,13 +235,13 @@ class PolicyBatch:
 class Collator:
     """numpy windows -> PolicyBatch, through the transforms that inference uses."""
 
-    def __init__(self, assets: PolicyAssets, device: torch.device) -> None:
-        self.assets, self.device = assets, device
+    def __init__(self, assets: PolicyAssets) -> None:
+        self.assets = assets
 
     def __call__(self, batch: Batch) -> PolicyBatch:
         inputs = self.assets.transforms.forward_batch(batch)
         images = torch.as_tensor(inputs.images)
-        return policy_batch(self.assets, images, inputs.state, inputs.instructions, batch.actions, batch.is_pad, self.device)
+        return policy_batch(self.assets, images, inputs.state, inputs.instructions, batch.actions, batch.is_pad)
 
 
 def policy_batch(
@@ -231,22 +251,15 @@ def policy_batch(
     instructions: Sequence[str],
     actions: np.ndarray,
     is_pad: np.ndarray,
-    device: torch.device,
 ) -> PolicyBatch:
-    """A batch on the device. images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by
-    `Transforms`); actions [B, H, D] in robot units; is_pad [B, H]."""
+    """images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by `Transforms`); actions
+    [B, H, D] in robot units; is_pad [B, H]."""
     ids, mask = assets.encode_instructions(instructions)
     tokens = torch.as_tensor(assets.action_tokenizer.encode(actions))
     values = torch.as_tensor(assets.action_tokenizer.coordinates(actions))
     unit = torch.as_tensor(assets.action_tokenizer.to_unit(actions))
-    move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
-    return PolicyBatch(
-        images=move(images),
-        state=move(torch.as_tensor(state)),
-        text_ids=move(ids),
-        text_mask=move(mask),
-        target=ActionBatch(move(tokens), move(values), move(unit), move(torch.as_tensor(is_pad))),
-    )
+    target = ActionBatch(tokens, values, unit, torch.as_tensor(is_pad))
+    return PolicyBatch(images, torch.as_tensor(state), ids, mask, target)
 
 
 class PolicyLoss:
@@ -316,7 +329,9 @@ def train_policy(config: TrainConfig) -> Path:
     mixture = WindowMixture(open_windows(config, held_out=False), config.dataset.weights)
     start = begin(config, mixture)
     assets, model = start.assets, start.model
-    device = torch.device("cuda" if config.training.device == "auto" and torch.cuda.is_available() else "cpu")
+    last = last_checkpoint(output_folder(config))
+    if config.resume and last is not None:
+        check_same_data(assets, last / "policy")
     tower = count_parameters(model.vlm.vision)
     basis = config.policy.backbone.path or f"preset {config.model.preset}"
     print(
@@ -325,12 +340,15 @@ def train_policy(config: TrainConfig) -> Path:
     )
     kept = open_windows(config, held_out=True)
     held_out = WindowMixture(kept) if kept else None
+    if held_out is not None:
+        assets.encode_instructions(instructions_of(held_out))  # one too long is refused now, not at the first checkpoint
 
     def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
         """Held-out error of the weights just saved, if anything is held out."""
-        return held_out_error(load_policy(folder / "policy", device=str(device)), held_out) if held_out else {}
+        device = str(next(model.parameters()).device)
+        return held_out_error(load_policy(folder / "policy", device=device), held_out) if held_out else {}
 
-    collate = Collator(assets, device)
+    collate = Collator(assets)
 
     def batch(index: int) -> PolicyBatch:
         return collate(mixture.batch(index, batch_size=config.training.batch_size, seed=config.training.seed))

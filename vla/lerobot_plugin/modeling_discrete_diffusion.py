@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from huggingface_hub import snapshot_download
 from lerobot.configs.policies import PreTrainedConfig
 from lerobot.datasets.lerobot_dataset import LeRobotDatasetMetadata
@@ -82,11 +83,10 @@ class DiscreteDiffusionPolicy(PreTrainedPolicy):
             instructions=[clean_instruction(text) for text in batch["task"]],
             actions=actions.cpu().numpy(),
             is_pad=is_pad.cpu().numpy(),
-            device=actions.device,
         )
         # from torch's generator, which LeRobot seeds with --seed and keeps in its checkpoints
         generator = torch.Generator(actions.device).manual_seed(int(torch.randint(SEEDS, ())))
-        terms = self._loss_step(self.model, inputs, generator)
+        terms = self._loss_step(self.model, send_to_device(inputs, actions.device), generator)
         loss = terms.loss_sum / terms.normalizer
         return loss, {"loss": loss.item()}
 
