@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from sim.results import EpisodeRow, differences, latest_episodes, wilson
+from sim.results import ROWS, SETTINGS, EpisodeRow, differences, latest_episodes, wilson
 
 Pair = tuple[EpisodeRow, EpisodeRow]
 RESAMPLES = 10_000
@@ -67,7 +67,7 @@ def _by_start(rows: Iterable[EpisodeRow]) -> dict[tuple, EpisodeRow]:
 
 def check_protocols(a: Path, b: Path) -> None:
     """Raise ValueError if two evaluations' episodes began or ended by different rules: their starts are then not the same."""
-    found = [json.loads(path.read_text()) for folder in (a, b) if (path := folder / "settings.json").exists()]
+    found = [json.loads(path.read_text()) for folder in (a, b) if (path := folder / SETTINGS).exists()]
     if len(found) == 2:
         rules = [{name: settings.get(name) for name in ("protocol", "max_steps")} for settings in found]
         changed = differences(*rules)
@@ -147,9 +147,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"two evaluation folders are compared; got {' '.join(argv) or 'none'} (`vla compare --help`).")
     rows = []
     for folder in folders:
-        if not (folder / "episodes.jsonl").is_file():
-            raise FileNotFoundError(f"no evaluation in {folder}: episodes.jsonl is missing; `vla eval` makes one.")
-        rows.append(latest_episodes(folder / "episodes.jsonl"))
+        if not (folder / ROWS).is_file():
+            raise FileNotFoundError(f"no evaluation in {folder}: {ROWS} is missing; `vla eval` makes one.")
+        rows.append(latest_episodes(folder / ROWS))
     check_protocols(*folders)
     pairs = pair_episodes(*rows)
     left_out = min(len(side) for side in rows) - len(pairs)

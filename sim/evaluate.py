@@ -35,7 +35,7 @@ from sim.job_queue import JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.perturbations.kinds import NONE, PerturbConfig
 from sim.policy_source import PolicySource, answer, attack_config, attacked, load_source, policy_threads
-from sim.results import EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
+from sim.results import INFO, ROWS, SETTINGS, EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
 from sim.seeds import start
 from sim.shards import episode_list, shard_of
 from sim.suites import build_environment, get_protocol, get_suite
@@ -45,7 +45,6 @@ from vla.home import remask_home
 from vla.interface import Policy
 
 OUTPUT_ONLY = ("output_dir", "video_size", "gif", "watch")  # settings that change no outcome
-ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from sim.compare import compare, key, pair_episodes
-from sim.evaluate import ROWS, SETTINGS
 from sim.perturbations.kinds import KINDS, NONE
 from sim.report.section import Section, markdown_table, percent
-from sim.results import EpisodeRow, latest_episodes, mean, tally
+from sim.results import ROWS, SETTINGS, EpisodeRow, latest_episodes, mean, tally
 
 VERSIONS = ("mujoco", "robosuite", "torch", "remask")
 SHOWN_SETTINGS = ("protocol", "execution_horizon", "max_steps", "num_known", "decode")
