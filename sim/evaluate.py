@@ -98,16 +98,16 @@ def evaluate(
     run, KeyboardInterrupt saying how to go on. Rows on disk stay usable.
     """
     check(config)
-    folder = output_dir(config, checkpoint)
-    with locked(folder):
-        return evaluate_into(folder, config, policy, checkpoint, build)
+    settings = episode_settings(config, policy, output_dir(config, checkpoint))
+    with locked(settings.output_dir):
+        return evaluate_into(settings, config, policy, checkpoint, build)
 
 
 def evaluate_into(
-    folder: Path, config: EvaluateConfig, policy: Policy, checkpoint: str, build: Callable[..., Environment]
+    settings: EpisodeSettings, config: EvaluateConfig, policy: Policy, checkpoint: str, build: Callable[..., Environment]
 ) -> list[EpisodeRow]:
     """`evaluate` once the folder is ours."""
-    settings = episode_settings(config, policy, folder)
+    folder = settings.output_dir
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
     identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode, "shard": config.shard}
     identity |= {"attack": config.attack} if config.attack else {}
@@ -192,15 +192,22 @@ def run_episodes(
 
 
 def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> EpisodeSettings:
-    """Every default resolved."""
+    """Every default resolved. Raises ValueError if the policy's chunks are too short: each episode would end with that error."""
     protocol = get_protocol(config.protocol_name)
+    execution_horizon = protocol.execution_horizon if config.execution_horizon is None else config.execution_horizon
+    execution_horizon = policy.action_horizon if execution_horizon is None else execution_horizon
+    if execution_horizon > policy.action_horizon:
+        raise ValueError(
+            f"execution_horizon is {execution_horizon}, the policy's chunks have {policy.action_horizon} actions; give "
+            f"--execution_horizon=1 to {policy.action_horizon} (default: the {protocol.name} protocol's, or else all)."
+        )
     return EpisodeSettings(
         suite=config.suite,
         protocol=protocol.name,
         image_size=policy.spec.image_size,
         action_horizon=policy.action_horizon,
-        max_steps=config.max_steps or get_suite(config.suite).max_steps[protocol.name],
-        execution_horizon=config.execution_horizon or protocol.execution_horizon or policy.action_horizon,
+        max_steps=get_suite(config.suite).max_steps[protocol.name] if config.max_steps is None else config.max_steps,
+        execution_horizon=execution_horizon,
         num_known=config.num_known,
         output_dir=folder,
         video_size=config.video_size,
@@ -217,9 +224,10 @@ def check(config: EvaluateConfig) -> None:
     unknown = [task for task in config.task_list if not 0 <= task < suite.num_tasks]
     if unknown or not config.task_list:
         raise ValueError(f"Suite {suite.name!r} has no tasks {unknown}; allowed: 0 to {suite.num_tasks - 1}.")
-    for name in ("episodes", "workers", "max_batch"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    least = {"episodes": 1, "workers": 1, "max_batch": 1, "max_steps": 1, "execution_horizon": 1, "num_known": 0}
+    for name, low in least.items():
+        if getattr(config, name) is not None and getattr(config, name) < low:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}.")
     check_mesh_detail(config.mesh_detail)
     shard_of(config.episode_list, config.shard)
 
