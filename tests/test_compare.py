@@ -1,6 +1,7 @@
 """Laws of the paired comparison: antisymmetry, pairing by start, errors left out, exact test against enumeration."""
 
 import json
+import math
 from dataclasses import asdict, fields, replace
 from itertools import product
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import sim.evaluate
-from sim.compare import compare, main, mcnemar, pair_episodes
+from sim.compare import compare, main, mcnemar, pair_episodes, paired_interval
 from sim.compare_policies import ComparePoliciesConfig, evaluate_both, is_worse
 from sim.results import EpisodeRow
 from tests.point_world import PointPolicy, build_point_world
@@ -46,11 +47,52 @@ def test_the_exact_test_counts_all_coin_sequences(discordant):
         assert mcnemar(discordant - only_b, only_b) == pytest.approx(expected)
 
 
-def test_the_bootstrap_interval_is_that_of_resampled_episodes():
-    pairs = pair_episodes(rows([1] * 30 + [0] * 20), rows([1] * 20 + [0] * 10 + [1] * 15 + [0] * 5))
-    gains = np.array([int(b.success) - int(a.success) for a, b in pairs])
-    drawn = np.random.default_rng(1).choice(gains, size=(10_000, len(gains))).mean(1)
-    np.testing.assert_allclose(compare(pairs).interval, np.quantile(drawn, [0.025, 0.975]), atol=0.021)
+@pytest.mark.parametrize(
+    ("counts", "published"),
+    [
+        ((36, 2, 12, 0), (0.0569, 0.3404)),  # Newcombe 1998, table II
+        ((14, 0, 5, 22), (0.011, 0.226)),  # Altman et al. 2000, Statistics with Confidence, table 6.2
+        ((1, 1, 7, 12), (0.026, 0.507)),  # Fagerland et al. 2014, Statistics in Medicine 33:2850
+    ],
+)
+def test_the_interval_is_the_published_one(counts: tuple, published: tuple):
+    assert paired_interval(*counts) == pytest.approx(published, abs=5e-4)
+
+
+def tables(n: int) -> list[tuple[int, int, int, int]]:
+    """All (both, only_a, only_b, neither) of n pairs."""
+    return [each for each in product(range(n + 1), repeat=4) if sum(each) == n]
+
+
+def test_the_interval_holds_the_estimate_has_a_width_and_turns_with_the_sides():
+    for both, only_a, only_b, neither in [table for n in (1, 2, 7) for table in tables(n)]:
+        low, high = paired_interval(both, only_a, only_b, neither)
+        difference = (only_b - only_a) / (both + only_a + only_b + neither)
+        assert -1 <= low <= difference <= high <= 1 and low < high
+        assert paired_interval(both, only_b, only_a, neither) == pytest.approx((-high, -low))
+
+
+@pytest.mark.parametrize("share", [0, 0.5, 0.9, 1])
+def test_without_discordant_pairs_more_of_them_narrow_the_interval(share: float):
+    widths = []
+    for n in (10, 40, 160):
+        low, high = paired_interval(round(share * n), 0, 0, n - round(share * n))
+        assert low == pytest.approx(-high)
+        widths.append(high - low)
+    assert widths[0] > widths[1] > widths[2] > 0
+
+
+@pytest.mark.parametrize(("a", "b", "correlation"), [(0.95, 0.9, 0), (0.95, 0.9, 0.4), (0.9, 0.6, 0.2), (0.5, 0.5, 0.9), (1, 0.8, 0)])
+def test_the_interval_covers_the_difference_as_often_as_it_says(a: float, b: float, correlation: float):
+    """Exact: the probability of every outcome of 10 episodes whose interval holds the true difference; rates a and b."""
+    both = a * b + correlation * math.sqrt(a * (1 - a) * b * (1 - b))
+    shares = both, a - both, b - both, 1 - a - b + both
+    covered = 0.0
+    for counts in tables(10):
+        low, high = paired_interval(*counts)
+        ways = math.factorial(10) / math.prod(map(math.factorial, counts))
+        covered += (low <= b - a <= high) * ways * math.prod(share**count for share, count in zip(shares, counts, strict=True))
+    assert covered > 0.93
 
 
 def test_episodes_pair_by_start_and_errors_have_no_partner():

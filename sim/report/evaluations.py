@@ -12,7 +12,7 @@ from sim.results import ROWS, SETTINGS, EpisodeRow, latest_episodes, mean, tally
 
 VERSIONS = ("mujoco", "robosuite", "torch", "remask")
 SHOWN_SETTINGS = ("protocol", "execution_horizon", "max_steps", "num_known", "decode")
-INTERVALS = "95 % Wilson"
+INTERVALS = "95 % Wilson, of paired differences Newcombe"
 
 
 def read_evaluation(folder: Path) -> list[EpisodeRow]:
