@@ -243,12 +243,16 @@ def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
 
 
 def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
-    name = f"{config.suite}-{config.split}-{checkpoint[:8]}"
+    return Path(config.output_dir or remask_home() / "evaluations" / evaluation_name(config, checkpoint[:8])).expanduser()
+
+
+def evaluation_name(config: EvaluateConfig, policy: str) -> str:
+    """What an evaluation under other settings has not; policy: what to call it."""
+    name = f"{config.suite}-{config.split}-{policy}"
     name += "" if config.perturb.kind == NONE else f"-{config.perturb.name}"
     name += f"-{attack_config(config.attack).name}" if config.attack else ""
     name += "" if config.mesh_detail == 1 else f"-meshes-{config.mesh_detail:g}"
-    name += "" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}"
-    return Path(config.output_dir or remask_home() / "evaluations" / name).expanduser()
+    return name + ("" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}")
 
 
 def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> dict[tuple[int, int], EpisodeRow]:

@@ -4,15 +4,20 @@ import json
 import math
 from dataclasses import asdict, fields, replace
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import sim.compare_policies
 import sim.evaluate
 from sim.compare import compare, main, mcnemar, pair_episodes, paired_interval
-from sim.compare_policies import ComparePoliciesConfig, evaluate_both, is_worse
+from sim.compare_policies import SIGNIFICANT, ComparePoliciesConfig, evaluate_both, one_sided_p, output_folder
+from sim.perturbations.kinds import PerturbConfig
 from sim.results import EpisodeRow
 from tests.point_world import PointPolicy, build_point_world
+from tests.tiny_policy import write_policy
+from vla.attacked_policy import AttackedPolicy
 
 
 def row(index: int, success: bool, task: int = 0, error: str | None = None, seed: int = 7) -> EpisodeRow:
@@ -135,11 +140,34 @@ def test_a_policy_compared_with_itself_differs_nowhere(tmp_path, monkeypatch):
         policy.content_hash = f"{number:016d}"
     pairs = pair_episodes(*evaluate_both(config, policies, build=build_point_world))
     found = compare(pairs)
-    assert (found.n, found.only_a, found.only_b, found.p_value) == (4, 0, 0, 1.0) and not is_worse(pairs)
+    assert (found.n, found.only_a, found.only_b, found.p_value) == (4, 0, 0, 1.0) and one_sided_p(pairs) == 1.0
     assert {path.name for path in tmp_path.iterdir()} == {"policy", "other"}
 
 
 def test_worse_beyond_chance_needs_lopsided_losses():
-    assert not is_worse(pair_episodes(rows([1] * 4), rows([0] * 4)))  # 1 / 16
-    assert is_worse(pair_episodes(rows([1] * 5), rows([0] * 5)))  # 1 / 32
-    assert not is_worse(pair_episodes(rows([0] * 5), rows([1] * 5)))
+    assert one_sided_p(pair_episodes(rows([1] * 4), rows([0] * 4))) == 1 / 16 > SIGNIFICANT
+    assert one_sided_p(pair_episodes(rows([1] * 5), rows([0] * 5))) == 1 / 32 < SIGNIFICANT
+    assert one_sided_p(pair_episodes(rows([0] * 5), rows([1] * 5))) == 1.0
+
+
+def test_both_policies_are_attacked_and_the_verdict_names_the_p_that_decided(tmp_path, monkeypatch, capsys):
+    shown = []
+
+    def evaluated(config: ComparePoliciesConfig, policies: tuple) -> tuple[list[EpisodeRow], list[EpisodeRow]]:
+        shown.extend(policies)
+        return rows([1] * 5), rows([0] * 5)
+
+    monkeypatch.setattr(sim.compare_policies, "evaluate_both", evaluated)
+    paths = [write_policy(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    arguments = [f"--policy.path={paths[0]}", f"--other.path={paths[1]}", "--attack={kind: noise}"]
+    assert sim.compare_policies.main(arguments) == 1
+    assert [type(policy) for policy in shown] == [AttackedPolicy] * 2
+    printed = capsys.readouterr().out
+    assert "worse beyond chance (McNemar, one-sided p = 0.031)" in printed and "noise-4-10" in printed
+
+
+def test_comparisons_under_other_settings_have_other_folders():
+    policies = (SimpleNamespace(content_hash="a" * 16), SimpleNamespace(content_hash="b" * 16))
+    changes = [{}, {"perturb": PerturbConfig("camera", 2)}, {"attack": {"kind": "noise"}}, {"mesh_detail": 0.5}, {"split": "official"}]
+    names = [output_folder(ComparePoliciesConfig(**change), policies).name for change in changes]
+    assert names[0] == "compare-robosuite_lift-validation-aaaaaaaa-bbbbbbbb" and len(set(names)) == len(names)
