@@ -78,6 +78,28 @@ def test_perturbations_stand_against_the_clean_row(tmp_path: Path):
         build_section([tmp_path / "study" / "camera-1", tmp_path / "study" / "camera-5"], tmp_path)
 
 
+def test_only_evaluations_by_one_protocol_are_paired(tmp_path: Path):
+    for name, changes in (("study/a", {}), ("study/b", {}), ("kinds/clean", {}), ("kinds/blur-2", {"perturbation": "blur-2"})):
+        folder = evaluation(tmp_path / name, [True] * 4, **changes)
+        if name in ("study/b", "kinds/blur-2"):
+            (folder / "settings.json").write_text(json.dumps({"protocol": "lerobot", "max_steps": 280}))
+    for source in ("study", "kinds"):
+        with pytest.raises(ValueError, match="protocol was 'openpi', is 'lerobot'"):
+            build_section(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [({"perturbation": "blur-2"}, "again and blur-2 are both of blur-2"), ({"perturbation": "blur-3", "checkpoint": "b"}, "one checkpoint")],
+)
+def test_a_perturbation_study_has_one_checkpoint_and_each_cell_once(tmp_path: Path, changes: dict, names: str):
+    evaluation(tmp_path / "study" / "clean", [True] * 4)
+    evaluation(tmp_path / "study" / "blur-2", [True] * 4, perturbation="blur-2")
+    evaluation(tmp_path / "study" / "again", [False] * 4, **changes)
+    with pytest.raises(ValueError, match=names):
+        build_section("study", tmp_path)
+
+
 def test_json_files_and_other_folders_become_tables(tmp_path: Path):
     record = {"benchmark": "heads-x", "rows": [{"head": "flow", "ms": 1.23456}], "minutes": 20, "versions": {"torch": "2.10.0"}}
     (tmp_path / "heads.json").write_text(json.dumps(record))
