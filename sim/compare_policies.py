@@ -8,14 +8,14 @@ from rich.console import Console
 
 from sim.compare import Pair, compare, pair_episodes, table, tail
 from sim.environment import Environment
-from sim.evaluate import EvaluateConfig, check, evaluate
-from sim.policy_source import PolicySource, load_source
+from sim.evaluate import EvaluateConfig, check, evaluate, evaluation_name
+from sim.policy_source import PolicySource, attacked, load_source
 from sim.results import EpisodeRow
 from sim.suites import build_environment
 from vla.home import remask_home
 from vla.policy_folder import StoredPolicy
 
-SIGNIFICANT = 0.05  # one-sided
+SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,15 @@ def evaluate_both(
     return first, second
 
 
-def is_worse(pairs: Sequence[Pair]) -> bool:
-    """More of the discordant starts are the first's than chance explains: one-sided exact test at 5 %."""
+def one_sided_p(pairs: Sequence[Pair]) -> float:
+    """McNemar's exact p-value of "the other is no worse": so many discordant starts or more are the first's by chance."""
     found = compare(pairs)
-    return tail(found.only_a + found.only_b, found.only_a) < SIGNIFICANT
+    return tail(found.only_a + found.only_b, found.only_a)
 
 
 def output_folder(config: ComparePoliciesConfig, policies: tuple[StoredPolicy, StoredPolicy]) -> Path:
-    hashes = "-".join(policy.content_hash[:8] for policy in policies)
-    default = remask_home() / "evaluations" / f"compare-{config.suite}-{config.split}-{hashes}"
+    name = evaluation_name(config, "-".join(policy.content_hash[:8] for policy in policies))
+    default = remask_home() / "evaluations" / f"compare-{name}"
     return Path(config.output_dir or default).expanduser()
 
 
@@ -61,10 +61,10 @@ def main(argv: list[str]) -> int:
     if not config.policy.path or not config.other.path:
         raise ValueError("Which policies? Give --policy.path=A and --other.path=B.")
     check(config)
-    policies = (load_source(config.policy, config.workers), load_source(config.other, config.workers))
+    policies = tuple(attacked(load_source(source, config.workers), config.attack) for source in (config.policy, config.other))
     pairs = pair_episodes(*evaluate_both(config, policies))
     Console().print(table(pairs, f"B = {config.other.path}\nagainst A = {config.policy.path}"))
-    worse = is_worse(pairs)
-    verdict = "worse beyond chance" if worse else "not worse beyond chance"
-    print(f"B is {verdict} (McNemar p = {compare(pairs).p_value:.3f}). Rows: {output_folder(config, policies)}")
-    return int(worse)
+    p_value = one_sided_p(pairs)
+    verdict = "worse beyond chance" if p_value < SIGNIFICANT else "not worse beyond chance"
+    print(f"B is {verdict} (McNemar, one-sided p = {p_value:.3f}). Rows: {output_folder(config, policies)}")
+    return int(p_value < SIGNIFICANT)

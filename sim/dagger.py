@@ -32,7 +32,7 @@ from sim.folder_lock import locked
 from sim.job_queue import ErrorCount, JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.policy_source import PolicySource, answer, policy_threads
-from sim.results import append_row, differences, read_rows, tally
+from sim.results import ROWS, SETTINGS, append_row, differences, read_rows, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
@@ -118,7 +118,7 @@ def dagger(
     load, train = load or load_torch_policy, train or train_round
     config.root.mkdir(parents=True, exist_ok=True)
     with locked(config.root):
-        settings = config.root / "settings.json"
+        settings = config.root / SETTINGS
         if settings.exists():
             changed = differences(json.loads(settings.read_text()), config.identity)
             if changed:
@@ -171,7 +171,7 @@ def collect_corrections(
     )
     rows = {
         (row["task"], row["index"]): row
-        for row in read_rows(folder / "episodes.jsonl")
+        for row in read_rows(folder / ROWS)
         if row["error"] is None and demonstration.staged_path(staged, row["task"], row["index"]).exists()
     }
     if config.mesh_detail != 1:
@@ -226,7 +226,7 @@ def run_corrections(
             error = None if isinstance(outcome, Done) else str(outcome)
             row = {"task": job.task, "index": job.index, "seed": start(correction.SPLIT, job.index).seed, "error": error}
             row |= outcome.result if isinstance(outcome, Done) else {}
-            append_row(folder / "episodes.jsonl", row)
+            append_row(folder / ROWS, row)
             if error is None:
                 rows[job.task, job.index] = row
             else:

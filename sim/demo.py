@@ -17,7 +17,7 @@ from rich.console import Console
 from sim.collect import CollectConfig, collect
 from sim.evaluate import EvaluateConfig, evaluate
 from sim.policy_source import PolicySource
-from sim.results import success_table, tally
+from sim.results import ROWS, success_table, tally
 from vla.cli import parse_config
 from vla.home import remask_home
 
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         f"{(ended - trained) / 60:.1f} min, together {(ended - began) / 60:.1f} min\n"
         f"curve  {root / 'run' / 'training_curve.png'}\n"
         f"films  {evaluation.output_dir / 'videos'}\n"
-        f"rows   {evaluation.output_dir / 'episodes.jsonl'}"
+        f"rows   {evaluation.output_dir / ROWS}"
     )
     return 0
 

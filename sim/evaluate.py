@@ -35,7 +35,7 @@ from sim.job_queue import JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.perturbations.kinds import NONE, PerturbConfig
 from sim.policy_source import PolicySource, answer, attack_config, attacked, load_source, policy_threads
-from sim.results import EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
+from sim.results import INFO, ROWS, SETTINGS, EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
 from sim.seeds import start
 from sim.shards import episode_list, shard_of
 from sim.suites import build_environment, get_protocol, get_suite
@@ -45,7 +45,6 @@ from vla.home import remask_home
 from vla.interface import Policy
 
 OUTPUT_ONLY = ("output_dir", "video_size", "gif", "watch")  # settings that change no outcome
-ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"
 
 
 @dataclass(frozen=True)
@@ -99,16 +98,16 @@ def evaluate(
     run, KeyboardInterrupt saying how to go on. Rows on disk stay usable.
     """
     check(config)
-    folder = output_dir(config, checkpoint)
-    with locked(folder):
-        return evaluate_into(folder, config, policy, checkpoint, build)
+    settings = episode_settings(config, policy, output_dir(config, checkpoint))
+    with locked(settings.output_dir):
+        return evaluate_into(settings, config, policy, checkpoint, build)
 
 
 def evaluate_into(
-    folder: Path, config: EvaluateConfig, policy: Policy, checkpoint: str, build: Callable[..., Environment]
+    settings: EpisodeSettings, config: EvaluateConfig, policy: Policy, checkpoint: str, build: Callable[..., Environment]
 ) -> list[EpisodeRow]:
     """`evaluate` once the folder is ours."""
-    settings = episode_settings(config, policy, folder)
+    folder = settings.output_dir
     identity = {key: value for key, value in asdict(settings).items() if key not in OUTPUT_ONLY}
     identity |= {"split": config.split, "checkpoint": checkpoint, "decode": config.policy.decode, "shard": config.shard}
     identity |= {"attack": config.attack} if config.attack else {}
@@ -193,15 +192,22 @@ def run_episodes(
 
 
 def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> EpisodeSettings:
-    """Every default resolved."""
+    """Every default resolved. Raises ValueError if the policy's chunks are too short: each episode would end with that error."""
     protocol = get_protocol(config.protocol_name)
+    execution_horizon = protocol.execution_horizon if config.execution_horizon is None else config.execution_horizon
+    execution_horizon = policy.action_horizon if execution_horizon is None else execution_horizon
+    if execution_horizon > policy.action_horizon:
+        raise ValueError(
+            f"execution_horizon is {execution_horizon}, the policy's chunks have {policy.action_horizon} actions; give "
+            f"--execution_horizon=1 to {policy.action_horizon} (default: the {protocol.name} protocol's, or else all)."
+        )
     return EpisodeSettings(
         suite=config.suite,
         protocol=protocol.name,
         image_size=policy.spec.image_size,
         action_horizon=policy.action_horizon,
-        max_steps=config.max_steps or get_suite(config.suite).max_steps[protocol.name],
-        execution_horizon=config.execution_horizon or protocol.execution_horizon or policy.action_horizon,
+        max_steps=get_suite(config.suite).max_steps[protocol.name] if config.max_steps is None else config.max_steps,
+        execution_horizon=execution_horizon,
         num_known=config.num_known,
         output_dir=folder,
         video_size=config.video_size,
@@ -218,9 +224,10 @@ def check(config: EvaluateConfig) -> None:
     unknown = [task for task in config.task_list if not 0 <= task < suite.num_tasks]
     if unknown or not config.task_list:
         raise ValueError(f"Suite {suite.name!r} has no tasks {unknown}; allowed: 0 to {suite.num_tasks - 1}.")
-    for name in ("episodes", "workers", "max_batch"):
-        if getattr(config, name) is not None and getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least 1.")
+    least = {"episodes": 1, "workers": 1, "max_batch": 1, "max_steps": 1, "execution_horizon": 1, "num_known": 0}
+    for name, low in least.items():
+        if getattr(config, name) is not None and getattr(config, name) < low:
+            raise ValueError(f"{name} is {getattr(config, name)}; it must be at least {low}.")
     check_mesh_detail(config.mesh_detail)
     shard_of(config.episode_list, config.shard)
 
@@ -236,12 +243,16 @@ def check_robot(policy: Policy, spec: dict[str, Any]) -> None:
 
 
 def output_dir(config: EvaluateConfig, checkpoint: str) -> Path:
-    name = f"{config.suite}-{config.split}-{checkpoint[:8]}"
+    return Path(config.output_dir or remask_home() / "evaluations" / evaluation_name(config, checkpoint[:8])).expanduser()
+
+
+def evaluation_name(config: EvaluateConfig, policy: str) -> str:
+    """What an evaluation under other settings has not; policy: what to call it."""
+    name = f"{config.suite}-{config.split}-{policy}"
     name += "" if config.perturb.kind == NONE else f"-{config.perturb.name}"
     name += f"-{attack_config(config.attack).name}" if config.attack else ""
     name += "" if config.mesh_detail == 1 else f"-meshes-{config.mesh_detail:g}"
-    name += "" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}"
-    return Path(config.output_dir or remask_home() / "evaluations" / name).expanduser()
+    return name + ("" if config.shard is None else f"-shard-{config.shard.replace('/', '-of-')}")
 
 
 def open_evaluation(folder: Path, identity: dict[str, Any], *, resume: bool) -> dict[tuple[int, int], EpisodeRow]:

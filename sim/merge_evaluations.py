@@ -9,9 +9,8 @@ from typing import Any
 
 from rich.console import Console
 
-from sim.evaluate import INFO, ROWS, SETTINGS
 from sim.folder_lock import locked
-from sim.results import EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
+from sim.results import INFO, ROWS, SETTINGS, EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
 from sim.shards import episode_list, parse_shard, shard_of
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
+ROWS, SETTINGS, INFO = "episodes.jsonl", "settings.json", "eval_info.json"  # an evaluation's files, see sim/evaluate.py
+
 
 @dataclass(frozen=True)
 class EpisodeRow:

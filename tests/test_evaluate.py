@@ -154,10 +154,15 @@ def test_a_policy_of_another_robot_is_refused(tmp_path):
         run(settings(tmp_path / "run"), policy)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"tasks": [3]}, {"tasks": []}, {"episodes": 0}, {"workers": 0}, {"max_batch": 0}, {"split": "test"}]
-)
+IMPOSSIBLE = [
+    {"tasks": [3]}, {"tasks": []}, {"episodes": 0}, {"workers": 0}, {"max_batch": 0}, {"split": "test"}, {"max_steps": 0},
+    {"max_steps": -5}, {"execution_horizon": 0}, {"execution_horizon": 5}, {"execution_horizon": None}, {"num_known": -1},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", IMPOSSIBLE)
 def test_impossible_settings_are_refused_before_anything_runs(tmp_path, changes: dict):
+    """The policy's chunks have 4 actions; the protocol's default, openpi's, executes 5."""
     with pytest.raises(ValueError):
         run(settings(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()

@@ -193,6 +193,23 @@ def test_what_fails_the_gate_leaves_the_old_export_alone(exports, checkpoints, d
     assert load_onnx_policy(output).manifest.head["type"] == "l1" and [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
+def test_a_failed_closed_loop_leaves_the_old_export_alone(exports, checkpoints, data, shared, tmp_path, monkeypatch):
+    """The new one is whole while it is compared, so that a simulator can load it."""
+    output = shutil.copytree(exports["l1"], tmp_path / "export")
+    monkeypatch.setattr(multimodal.onnx_compare, "write_graph", shared.of("flow"))
+    asked = []
+
+    def compared(argv: list[str]) -> int:
+        asked.append(load_onnx_policy(parse_config(ComparePoliciesConfig, argv).other.path).manifest.head["type"])
+        return 1
+
+    monkeypatch.setattr("sim.compare_policies.main", compared)
+    with pytest.raises(ValueError, match="is not the policy: it solves fewer starts"):
+        export_policy(settings(checkpoints["flow"], output, data, check="closed_loop"))
+    assert asked == ["flow"] and load_onnx_policy(output).manifest.head["type"] == "l1"
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_only_what_torch_breaks_both_ways_is_a_tie(checkpoints, data):
     """All but the last step is known, and there the two gripper ids get one logit from different weights."""
     assets, _ = PolicyAssets.load(checkpoints["discrete_diffusion"])
@@ -361,8 +378,8 @@ def test_the_closed_loop_is_a_comparison_on_the_same_starts():
     """The verb that it is handed to understands what it is asked."""
     loop = ClosedLoop(suite="libero_object", tasks=[0, 3], episodes=5, workers=1)
     config = ExportConfig(policy=ExportSource("CHECKPOINT"), output_dir=Path("EXPORT"), check="closed_loop", closed_loop=loop)
-    asked = parse_config(ComparePoliciesConfig, closed_loop_arguments(config))
-    assert (asked.policy.path, asked.other.path) == ("CHECKPOINT", "EXPORT") and asked.max_batch == 1 and asked.resume
+    asked = parse_config(ComparePoliciesConfig, closed_loop_arguments(config, Path("NEW")))
+    assert (asked.policy.path, asked.other.path) == ("CHECKPOINT", "NEW") and asked.max_batch == 1 and asked.resume
     assert (asked.suite, asked.tasks, asked.episodes, asked.workers) == ("libero_object", [0, 3], 5, 1)
     assert VERBS["compare-policies"].target == "sim.compare_policies:main"
 

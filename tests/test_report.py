@@ -72,10 +72,32 @@ def test_perturbations_stand_against_the_clean_row(tmp_path: Path):
     evaluation(tmp_path / "study" / "camera-5", [False] * 8, perturbation="camera-5")
     evaluation(tmp_path / "study" / "state_noise-5", [True, False] * 4, perturbation="state_noise-5")
     section = build_section("study", tmp_path)
-    assert cells(section, 1) == ["camera", "100, +0 [+0, +0]", "0, -100 [-100, -100]"]
+    assert cells(section, 1) == ["camera", "100, +0 [-32, +32]", "0, -100 [-100, -54]"], "none seen is not none"
     assert cells(section, 2)[:2] == ["state_noise", "-"] and cells(section, 2)[2].startswith("50, -50 [")
     with pytest.raises(ValueError, match="0 of the evaluations .* are clean"):
         build_section([tmp_path / "study" / "camera-1", tmp_path / "study" / "camera-5"], tmp_path)
+
+
+def test_only_evaluations_by_one_protocol_are_paired(tmp_path: Path):
+    for name, changes in (("study/a", {}), ("study/b", {}), ("kinds/clean", {}), ("kinds/blur-2", {"perturbation": "blur-2"})):
+        folder = evaluation(tmp_path / name, [True] * 4, **changes)
+        if name in ("study/b", "kinds/blur-2"):
+            (folder / "settings.json").write_text(json.dumps({"protocol": "lerobot", "max_steps": 280}))
+    for source in ("study", "kinds"):
+        with pytest.raises(ValueError, match="protocol was 'openpi', is 'lerobot'"):
+            build_section(source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names"),
+    [({"perturbation": "blur-2"}, "again and blur-2 are both of blur-2"), ({"perturbation": "blur-3", "checkpoint": "b"}, "one checkpoint")],
+)
+def test_a_perturbation_study_has_one_checkpoint_and_each_cell_once(tmp_path: Path, changes: dict, names: str):
+    evaluation(tmp_path / "study" / "clean", [True] * 4)
+    evaluation(tmp_path / "study" / "blur-2", [True] * 4, perturbation="blur-2")
+    evaluation(tmp_path / "study" / "again", [False] * 4, **changes)
+    with pytest.raises(ValueError, match=names):
+        build_section("study", tmp_path)
 
 
 def test_json_files_and_other_folders_become_tables(tmp_path: Path):

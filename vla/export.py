@@ -89,6 +89,8 @@ def export_policy(config: ExportConfig) -> Parity:
         if parity.failures:
             raise ValueError(f"the {config.precision} export of {source} is not the policy: {'; '.join(parity.failures)}.")
         replace(manifest, parity=parity.to_dict()).save(folder)
+        if config.check == "closed_loop" and compare_in_simulation(config, folder):
+            raise ValueError(f"the {config.precision} export of {source} is not the policy: it solves fewer starts, see above.")
     return parity
 
 
@@ -150,17 +152,24 @@ def print_parity(parity: Parity) -> None:
         print(f"{chunks.observations} real observations: {'; '.join(parts)}")
 
 
-def closed_loop_arguments(config: ExportConfig) -> list[str]:
-    """What `vla compare-policies` is asked: the checkpoint and its export on the same starts."""
+def compare_in_simulation(config: ExportConfig, folder: Path) -> int:
+    """The exit code of `vla compare-policies`, found in the table of verbs: nothing here imports a simulator."""
+    from vla.cli import VERBS, resolve
+
+    return resolve(VERBS["compare-policies"].target)(closed_loop_arguments(config, folder))
+
+
+def closed_loop_arguments(config: ExportConfig, folder: Path) -> list[str]:
+    """What `vla compare-policies` is asked: the checkpoint and its export, which is in `folder`, on the same starts."""
     loop = config.closed_loop
-    arguments = [f"--policy.path={config.policy.path}", f"--other.path={config.output_dir}", f"--suite={loop.suite}"]
+    arguments = [f"--policy.path={config.policy.path}", f"--other.path={folder}", f"--suite={loop.suite}"]
     arguments += [f"--episodes={loop.episodes}", f"--workers={loop.workers}", "--max_batch=1", "--resume=true"]
     return arguments + ([] if loop.tasks is None else [f"--tasks={json.dumps(loop.tasks)}"])
 
 
 def main(argv: Sequence[str]) -> int:
-    """`vla export`. The closed loop is another verb's work, found in the table of verbs: nothing here imports a simulator."""
-    from vla.cli import VERBS, parse_config, resolve
+    """`vla export`."""
+    from vla.cli import parse_config
 
     config = parse_config(ExportConfig, argv, verb="export")
     asked = {"policy": config.policy.path, "vlm": config.vlm.path, "encoder": config.encoder.factory}
@@ -173,7 +182,7 @@ def main(argv: Sequence[str]) -> int:
         return export_one_encoder(config)
     export_policy(config)
     print(f"exported: {config.output_dir}\nnext: vla eval --policy.path={config.output_dir} --suite=... --episodes=50")
-    return resolve(VERBS["compare-policies"].target)(closed_loop_arguments(config)) if config.check == "closed_loop" else 0
+    return 0
 
 
 def export_language(config: ExportConfig) -> int:

@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.compare import compare, key, pair_episodes
-from sim.evaluate import ROWS, SETTINGS
+from sim.compare import check_protocols, compare, key, pair_episodes
 from sim.perturbations.kinds import KINDS, NONE
 from sim.report.section import Section, markdown_table, percent
-from sim.results import EpisodeRow, latest_episodes, mean, tally
+from sim.results import ROWS, SETTINGS, EpisodeRow, latest_episodes, mean, tally
 
 VERSIONS = ("mujoco", "robosuite", "torch", "remask")
 SHOWN_SETTINGS = ("protocol", "execution_horizon", "max_steps", "num_known", "decode")
-INTERVALS = "95 % Wilson"
+INTERVALS = "95 % Wilson, of paired differences Newcombe"
 
 
 def read_evaluation(folder: Path) -> list[EpisodeRow]:
@@ -42,33 +41,44 @@ def several_evaluations(folders: Mapping[str, Path]) -> Section:
     found = {name: read_evaluation(folder) for name, folder in folders.items()}
     first = next(iter(found))
     lines = [
-        [name, *measures(rows), "" if name == first else paired(found[first], rows)] for name, rows in found.items()
+        [name, *measures(rows), "" if name == first else paired(folders[first], folders[name])] for name, rows in found.items()
     ]
     table = markdown_table(["", *MEASURES, f"against {first}, paired"], lines)
     return Section(table, evaluation_facts(found, list(folders.values())), {"success": success_bars(found)})
 
 
 def perturbations(folders: Mapping[str, Path]) -> Section:
-    """Kind x severity, each against the clean evaluation of the same starts. Raises ValueError unless one is clean."""
+    """Kind x severity, each against the clean evaluation of the same starts.
+
+    Raises ValueError unless one is clean, all are of one checkpoint and none is of another's cell.
+    """
     found = {name: read_evaluation(folder) for name, folder in folders.items()}
-    clean = [rows for rows in found.values() if rows[0].perturbation == NONE]
+    checkpoints = {name: distinct(rows, "checkpoint") for name, rows in found.items()}
+    if len(set(checkpoints.values())) != 1:
+        raise ValueError(f"a perturbation table is of one checkpoint; the evaluations are of {checkpoints}.")
+    clean = [name for name, rows in found.items() if rows[0].perturbation == NONE]
     if len(clean) != 1:
         raise ValueError(f"{len(clean)} of the evaluations {', '.join(found)} are clean; a perturbation table needs one.")
-    cells: dict[tuple[str, int], list[EpisodeRow]] = {}
-    for rows in found.values():
-        if rows[0].perturbation != NONE:
+    cells: dict[tuple[str, int], str] = {}
+    for name, rows in found.items():
+        if name not in clean:
             kind, _, severity = rows[0].perturbation.rpartition("-")
-            cells[kind, int(severity)] = rows
+            other = cells.setdefault((kind, int(severity)), name)
+            if other != name:
+                raise ValueError(f"{other} and {name} are both of {rows[0].perturbation}; a perturbation table takes one.")
     severities = sorted({severity for _, severity in cells})
     kinds = [kind for kind in KINDS if any(kind == other for other, _ in cells)]
-    base = tally(clean[0])
+    base = tally(found[clean[0]])
     lines: list[list[Any]] = [["clean", str(percent(base.rate, base.interval)), *[""] * (len(severities) - 1)]]
-    lines += [[kind, *(cell(clean[0], cells.get((kind, severity))) for severity in severities)] for kind in kinds]
+    lines += [
+        [kind, *(cell(folders[clean[0]], folders[cells[kind, s]]) if (kind, s) in cells else "-" for s in severities)]
+        for kind in kinds
+    ]
     table = markdown_table(["success %, difference [95 %]", *(f"severity {severity}" for severity in severities)], lines)
 
     def draw(axes: Any) -> None:
         for kind in kinds:
-            points = [(0, 100 * base.rate)] + [(s, 100 * tally(cells[kind, s]).rate) for s in severities if (kind, s) in cells]
+            points = [(0, 100 * base.rate)] + [(s, 100 * tally(found[cells[kind, s]]).rate) for s in severities if (kind, s) in cells]
             axes.plot(*zip(*points), marker="o", label=kind)
         axes.set(xlabel="severity", ylabel="success, %", ylim=(-2, 102))
         axes.legend(fontsize=7, ncols=2)
@@ -92,21 +102,27 @@ def measures(rows: Sequence[EpisodeRow]) -> list[Any]:
     return [f"{count.successes}/{count.episodes}", rate, count.errors, *means]
 
 
-def paired(first: Sequence[EpisodeRow], rows: Sequence[EpisodeRow]) -> str:
-    """Difference in points with its interval, and McNemar's p; empty if the two share no start."""
+def paired(first_folder: Path, folder: Path) -> str:
+    """Difference in points with its interval, and McNemar's p; empty if the two share no start.
+
+    Raises ValueError if their protocols differ, here and in `cell`.
+    """
+    first, rows = read_evaluation(first_folder), read_evaluation(folder)
     if not {key(row) for row in first if not row.error} & {key(row) for row in rows if not row.error}:
         return ""
+    check_protocols(first_folder, folder)
     found = compare(pair_episodes(first, rows))
     low, high = found.interval
     return f"{100 * found.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}], p {found.p_value:.3g}, n {found.n}"
 
 
-def cell(clean: Sequence[EpisodeRow], rows: Sequence[EpisodeRow] | None) -> str:
-    if rows is None:
-        return "-"
+def cell(clean: Path, folder: Path) -> str:
+    """Success in percent, and the difference to the clean evaluation in points with its interval."""
+    rows = read_evaluation(folder)
     if not tally(rows).episodes:
         return f"{tally(rows).errors} errors"
-    found = compare(pair_episodes(clean, rows))
+    check_protocols(clean, folder)
+    found = compare(pair_episodes(read_evaluation(clean), rows))
     low, high = found.interval
     text = f"{100 * tally(rows).rate:.0f}, {100 * found.difference:+.0f} [{100 * low:+.0f}, {100 * high:+.0f}]"
     return text + (f", {tally(rows).errors} errors" if tally(rows).errors else "")

@@ -8,7 +8,7 @@ from typing import Any
 
 from sim.report.evaluations import shortened
 from sim.report.section import Section, markdown_table, percent
-from sim.results import wilson
+from sim.results import SETTINGS, wilson
 
 SHOWN = ("episodes", "mixing", "decay", "minutes")  # settings of `vla dagger`
 BENCH_KEYS = ("benchmark", "rows", "command", "git_commit", "machine", "versions", "time")  # the others: a benchmark's own
@@ -49,7 +49,7 @@ def dagger(folder: Path) -> Section:
          None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %"]
         for each in rounds
     ]  # fmt: skip
-    settings = json.loads((folder / "settings.json").read_text()) if (folder / "settings.json").exists() else {}
+    settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else {}
 
     def draw(axes: Any) -> None:
         rates = [each["successes"] / max(each["episodes"], 1) for each in rounds]

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sim.evaluate import ROWS
 from sim.report import evaluations, others
 from sim.report.readme import disagreements, rewritten, split_blocks
 from sim.report.section import Section, save_figure
+from sim.results import ROWS
 from vla.home import remask_home
 
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sim.compare import key
-from sim.evaluate import ROWS
 from sim.merge_evaluations import read_settings
-from sim.results import EpisodeRow, differences, latest_episodes, tally
+from sim.results import ROWS, EpisodeRow, differences, latest_episodes, tally
 from sim.scaling.runs import Run
 
 NO_SETTING = ("checkpoint", "image_size", "action_horizon", "shard", "tasks", "episodes")  # settings of the policy, of a shard

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import yaml
 
-from sim.results import EpisodeRow, differences, latest_episodes
+from sim.results import ROWS, EpisodeRow, differences, latest_episodes
 from sim.suites import get_suite
 from tests.benchmarks import studies
 from tests.benchmarks.harness import interleaved, quiet_machine
@@ -131,7 +131,7 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list[Epis
     if options.tasks:
         command.append(f"--tasks={options.tasks}")
     subprocess.run(command, check=True)
-    rows = latest_episodes(folder / "episodes.jsonl")
+    rows = latest_episodes(folder / ROWS)
     if any(row.error for row in rows):
         raise ChildProcessError(f"{sum(bool(row.error) for row in rows)} episodes of {arm.name} ended with an error; see {folder}.")
     return rows
