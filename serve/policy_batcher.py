@@ -182,7 +182,8 @@ class PolicyBatcher:
         if waiting > self.config.queue:
             text = f"{len(self._queue)} observations are waiting, {self.config.queue} is the limit."
             raise Refusal(Code.OVERLOADED, text, retry_after_s=max(0.05, expected_s))
-        if expected_s > remaining_s > 0:
+        # An idle worker always tries: only batches that run mend an estimate that one slow batch has spoiled.
+        if (self._queue or self.is_computing) and expected_s > remaining_s > 0:
             raise Refusal(
                 Code.OVERLOADED,
                 f"An answer takes about {expected_s:.3f} s now, the deadline is in {remaining_s:.3f} s.",

@@ -162,6 +162,17 @@ def test_an_answer_that_must_come_too_late_is_refused_at_once():
     with_batcher(odd(delay_s=0.3), BatchConfig(max_batch=2), scenario)
 
 
+def test_a_slow_batch_does_not_refuse_short_deadlines_to_an_idle_worker():
+    """The estimate is learned from batches that run; refusing all of them would keep it for ever."""
+
+    async def scenario(batcher: PolicyBatcher, metrics: Metrics) -> None:
+        await batcher.act([ask("sleep")])
+        for _ in range(3):
+            assert len(await batcher.act([ask(timeout_s=0.95)])) == 1
+
+    with_batcher(ODD, BatchConfig(), scenario)
+
+
 def test_a_failure_of_the_policy_is_named_and_the_worker_goes_on():
     async def scenario(batcher: PolicyBatcher, metrics: Metrics) -> None:
         pid = batcher.worker_pid
