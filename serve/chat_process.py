@@ -71,7 +71,8 @@ class ChatProcess:
 
     async def close(self) -> None:
         self._closing = True
-        self._fail(Refusal(Code.UNAVAILABLE, "The server is stopping."))
+        for rows in self._streams.values():
+            rows.put_nowait(Refusal(Code.UNAVAILABLE, "The server is stopping."))
         await self._keeper.close()
 
     @property
@@ -82,10 +83,14 @@ class ChatProcess:
     def worker_pid(self) -> int | None:
         return None if self._keeper.worker is None else self._keeper.worker.pid
 
-    async def swap(self) -> tuple[str, str]:
-        """Serve what is at the configured paths now; (previous, new) content hash. Running answers end on the old model."""
+    async def load(self) -> WorkerProcess:
+        """What is at the configured paths now, for `swap`. Raises Refusal if it cannot be loaded."""
+        return await self._keeper.load()
+
+    async def swap(self, new: WorkerProcess) -> tuple[str, str]:
+        """Serve what was loaded, at once; (previous, new) content hash. Running answers end on the old model."""
         previous = self.checkpoint
-        old = await self._keeper.swap(lambda worker: None)
+        old = self._keeper.swap(new)
         if old is not None:
             while any(owner is old for owner in self._owners.values()):
                 await asyncio.sleep(0.02)
@@ -129,12 +134,10 @@ class ChatProcess:
         self._counted = {}
         self.metrics.set_model(self.name, self.checkpoint)
 
-    def _died(self, reason: str) -> None:
-        self._fail(Refusal(Code.UNAVAILABLE, reason))
-
-    def _fail(self, refusal: Refusal) -> None:
-        for rows in self._streams.values():
-            rows.put_nowait(refusal)
+    def _died(self, worker: WorkerProcess, reason: str) -> None:
+        for number, owner in self._owners.items():
+            if owner is worker:
+                self._streams[number].put_nowait(Refusal(Code.UNAVAILABLE, reason))
 
     def _take(self, message: dict[str, Any]) -> None:
         for row in message["events"]:

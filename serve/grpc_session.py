@@ -44,6 +44,7 @@ class Session:
                 self._slots.release()
         finally:
             reading.cancel()
+            self._supersede()  # first: what ends, though cancelled, starts what waits
             if self._computing is not None:
                 self._computing.cancel()
             await asyncio.gather(reading, return_exceptions=True)

@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import signal
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from serve.policy_batcher import BatchConfig, PolicyBatcher, PolicySource
 from serve.policy_worker import CHECKPOINT_FACTORY
 from serve.protocol import oip
 from serve.protocol.limits import Limits
-from serve.protocol.refusal import Refusal
+from serve.protocol.refusal import Code, Refusal
 from serve.security import Keys, SecurityConfig, check_binding, grpc_credentials, is_loopback, tls_context
 from serve.services import Services
 from serve.tensor_model import EncoderSource
@@ -102,8 +103,8 @@ class Server:
         )
         self._http: HttpServer | None = None
         self._grpc: GrpcServer | None = None
-        self._watching: asyncio.Task[None] | None = None
         self._swaps: set[asyncio.Task[None]] = set()
+        self._swapping = asyncio.Lock()
         self.port = self.grpc_port = 0
 
     @property
@@ -127,7 +128,6 @@ class Server:
             if config.grpc_port is not None:
                 host = f"[{config.host}]" if ":" in config.host else config.host
                 self._grpc = GrpcServer(self.services, f"{host}:{config.grpc_port}", grpc_credentials(config.security))
-                await self._grpc.set_ready(False)
                 await self._grpc.start()
                 self.grpc_port = self._grpc.port
             started = await asyncio.gather(*(backend.start() for backend in self._backends), return_exceptions=True)
@@ -137,17 +137,12 @@ class Server:
         except BaseException:
             await self.stop(grace_s=0.0)
             raise
-        self._watching = asyncio.ensure_future(self._tell_probes())
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Drain: refuse what is new, finish what is in flight within the grace, then close."""
         grace_s = self.config.grace_s if grace_s is None else grace_s
         until = time.monotonic() + grace_s
         self.gate.close()
-        if self._watching is not None:
-            self._watching.cancel()
-        if self._grpc is not None:
-            await self._grpc.set_ready(False)
         if self._http is not None:
             self._http.stop_accepting()
         if not await self.gate.drained(grace_s):
@@ -203,9 +198,20 @@ class Server:
         return "\n".join(lines)
 
     async def _swap(self) -> tuple[str, str]:
-        """Every model's checkpoint is read again; the hashes before and after, joined where there are two models."""
-        swapped = [await backend.swap() for backend in self._backends]
-        previous, new = zip(*swapped, strict=True)
+        """Every model's checkpoint is read again; the hashes before and after, joined where there are two models.
+
+        Raises Refusal, with every old model in service, if a model is not ready or one cannot be loaded.
+        """
+        async with self._swapping, AsyncExitStack() as unused:
+            if self.services.not_ready:
+                raise Refusal(Code.UNAVAILABLE, f"No checkpoint was swapped: {self.services.not_ready}.")
+            loaded = []
+            for backend in self._backends:
+                loaded.append(await backend.load())
+                unused.push_async_callback(loaded[-1].close)
+            unused.pop_all()  # all are loaded: from here on they are used
+            swaps = (backend.swap(new) for backend, new in zip(self._backends, loaded, strict=True))
+            previous, new = zip(*await asyncio.gather(*swaps), strict=True)
         return "+".join(previous), "+".join(new)
 
     def _swap_soon(self) -> None:
@@ -219,18 +225,6 @@ class Server:
         task = asyncio.ensure_future(swap())
         self._swaps.add(task)
         task.add_done_callback(self._swaps.discard)
-
-    async def _tell_probes(self) -> None:
-        """Keep grpc.health.v1 and the `ready` gauge in step with the models."""
-        last: bool | None = None
-        while True:
-            ready = not self.services.not_ready
-            if ready != last:
-                self.metrics.ready.set(ready)
-                if self._grpc is not None:
-                    await self._grpc.set_ready(ready)
-                last = ready
-            await asyncio.sleep(0.1)
 
 
 def _version() -> str:

@@ -21,7 +21,7 @@ class TensorProcess:
 
     def __init__(self, name: str, source: EncoderSource, metrics: Metrics) -> None:
         self.name, self.source, self.metrics = name, source, metrics
-        self._keeper = WorkerKeeper(name, self._start_worker, metrics, took=self._took, died=lambda reason: None)
+        self._keeper = WorkerKeeper(name, self._start_worker, metrics, took=self._took, died=lambda worker, reason: None)
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._seconds = 0.0  # of a request, moving average
@@ -38,10 +38,14 @@ class TensorProcess:
     def ready(self) -> bool:
         return self._keeper.worker is not None
 
-    async def swap(self) -> tuple[str, str]:
-        """Serve what the factory makes now; (previous, new) content hash."""
+    async def load(self) -> WorkerProcess:
+        """What the factory makes now, for `swap`. Raises Refusal if it cannot be loaded."""
+        return await self._keeper.load()
+
+    async def swap(self, new: WorkerProcess) -> tuple[str, str]:
+        """Serve what was loaded, at once; (previous, new) content hash."""
         previous = self.signature
-        old = await self._keeper.swap(lambda worker: None)
+        old = self._keeper.swap(new)
         async with self._turn:  # the old one's last request is done
             if old is not None:
                 await old.close()
@@ -55,14 +59,23 @@ class TensorProcess:
         self._waiting += 1
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                async with self._turn:
-                    return await asyncio.shield(asyncio.ensure_future(self._ask(tensors)))
+                await self._turn.acquire()
+                asking = asyncio.ensure_future(self._ask(tensors, deadline))
+                asking.add_done_callback(self._end_turn)  # whoever gives up leaves the worker busy, and the turn taken
+                return await asyncio.shield(asking)
         except TimeoutError:
             raise Refusal(Code.DEADLINE, "No answer within the deadline; give more time or send less.") from None
         finally:
             self._waiting -= 1
 
-    async def _ask(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _end_turn(self, asking: asyncio.Task[dict[str, np.ndarray]]) -> None:
+        self._turn.release()
+        if not asking.cancelled():
+            asking.exception()  # seen, even if nobody waits for it any more
+
+    async def _ask(self, tensors: Mapping[str, np.ndarray], deadline: float) -> dict[str, np.ndarray]:
+        if deadline <= time.monotonic():
+            raise Refusal(Code.DEADLINE, "The deadline passed before the request was computed.")
         worker = self._keeper.worker
         if worker is None:
             raise Refusal(Code.UNAVAILABLE, f"The process of {self.name!r} is being restarted.")

@@ -32,6 +32,8 @@ class OddPolicy:
     ) -> list[ActionChunk]:
         time.sleep(self.delay_s)
         instructions = [observation.instruction for observation in observations]
+        if "sleep" in instructions:
+            time.sleep(1.0)
         if "raise" in instructions:
             raise RuntimeError("the policy's own secret words")
         if "die" in instructions:

@@ -100,6 +100,19 @@ def test_error_under_every_option_is_at_most_that_of_eager(device: str, backend:
         assert relative_error(got, want) <= 1.05 * relative_error(same_dtype, want) + 1e-7
 
 
+@pytest.mark.parametrize(("device", "backend"), PLACES)
+def test_error_under_a_grad_scaler_is_at_most_that_of_eager(device: str, backend: str):
+    """A mean over 2^14 rows takes p / N to float16's smallest numbers, unless the factor is in before the logit gradient is rounded."""
+    hidden, weight, targets, options = problem({"normalizer": 2.0**14}, rows=120, vocab=400, width=64, dtype=torch.float16)
+    inputs, wide = ([each.to(device, dtype) for each in (hidden, weight)] for dtype in (torch.float16, torch.float64))
+    truth, eager, ours = (
+        loss_and_gradients(*each, targets.to(device), {**options, "backend": name, "logits_bytes": 50 * 400 * 2}, factor=2.0**16)
+        for each, name in ((wide, "reference"), (inputs, "reference"), (inputs, backend))
+    )
+    for got, same_dtype, want in zip(ours, eager, truth, strict=True):
+        assert relative_error(got, want) <= 1.05 * relative_error(same_dtype, want) + 1e-7
+
+
 def confident(device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """hidden, weight, targets with p(target) >= 0.99 in every row, and the exact gradients of the mean for both.
 

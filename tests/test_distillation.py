@@ -1,5 +1,6 @@
 """Laws of the fused linear distillation."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from multimodal.kernels import logit_rows
 from multimodal.kernels.distillation import distill_top_k, linear_distillation, linear_distillation_reference
+from tests.test_linear_cross_entropy import relative_error
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "soft_cross_entropy")
 
@@ -81,16 +83,22 @@ def test_no_row_kept_gives_zero_and_a_frozen_head_no_gradient():
     assert loss == 0 and torch.equal(hidden.grad, torch.zeros_like(hidden)) and weight.grad is None
 
 
-def test_bfloat16_is_no_worse_than_eager():
-    hidden, weight, *teacher = heads(torch.bfloat16, rows=64, vocab=300, width=48)
-    truth = linear_distillation_reference(
-        hidden.double().requires_grad_(), weight.double(), *(each.double() for each in teacher), divergence="forward_kl", temperature=1.0
-    ).mean()  # fmt: skip
-    hidden.requires_grad_()
-    eager = linear_distillation_reference(hidden, weight, *teacher, divergence="forward_kl", temperature=1.0).mean()
-    ours = linear_distillation(hidden, weight, *teacher, divergence="forward_kl")
-    assert ours.dtype == torch.float32
-    assert abs(ours.double() - truth) <= 1.05 * abs(eager.double() - truth) + 1e-6
+@pytest.mark.parametrize(("dtype", "factor"), [(torch.bfloat16, 1.0), (torch.float16, 2.0**16)])
+def test_half_types_are_no_worse_than_eager(dtype: torch.dtype, factor: float):
+    """factor: of the loss, by a GradScaler; float16 rounds gradients formed without it to its smallest numbers."""
+    half = [0.3 * each for each in heads(dtype, rows=64, vocab=3000, width=48)]
+    wide = [each.double() for each in half]
+
+    def value_and_gradients(loss: Callable[..., Tensor], tensors: list[Tensor]) -> list[Tensor]:
+        inputs = [each.detach().requires_grad_() for each in tensors[:2]]
+        value = loss(*inputs, *tensors[2:], divergence="forward_kl", temperature=1.0).mean()
+        return [value.detach(), *torch.autograd.grad(factor * value, inputs)]
+
+    truth, eager = (value_and_gradients(linear_distillation_reference, tensors) for tensors in (wide, half))
+    ours = value_and_gradients(linear_distillation, half)
+    assert ours[0].dtype == torch.float32
+    for got, same_dtype, want in zip(ours, eager, truth, strict=True):
+        assert relative_error(got, want) <= 1.05 * relative_error(same_dtype, want) + 1e-6
 
 
 def test_top_k_teacher_is_soft_cross_entropy_over_its_columns():

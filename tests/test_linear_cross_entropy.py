@@ -61,14 +61,15 @@ def problem(
     return hidden, weight, targets, options
 
 
-def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any]) -> list[Tensor]:
+def loss_and_gradients(hidden: Tensor, weight: Tensor, targets: Tensor, options: dict[str, Any], factor: float = 1) -> list[Tensor]:
+    """The loss, and the gradients of `factor` times it."""
     inputs = [hidden.detach().requires_grad_(), weight.detach().requires_grad_()]
     if options.get("bias") is not None:
         inputs.append(options["bias"].detach().requires_grad_())
         options = {**options, "bias": inputs[2]}
     loss = linear_cross_entropy(inputs[0], inputs[1], targets, **options)
-    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else None
-    return [loss.detach(), *torch.autograd.grad(loss, inputs, upstream)]
+    upstream = torch.linspace(-1, 2, loss.numel(), dtype=loss.dtype).reshape(loss.shape) if loss.dim() else torch.ones_like(loss)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs, factor * upstream)]
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:

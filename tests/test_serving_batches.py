@@ -14,7 +14,9 @@ from serve.policy_batcher import BatchConfig, PolicyBatcher, PolicySource
 from serve.protocol.limits import Limits
 from serve.protocol.refusal import Code, Refusal
 from serve.protocol.requests import ActRequest
+from serve.worker_keeper import WorkerKeeper
 from tests.odd_policy import chunk_of, odd_observation
+from tests.serving import FakeWorker
 
 ODD = PolicySource(factory="tests.odd_policy:OddPolicy")
 
@@ -162,6 +164,17 @@ def test_an_answer_that_must_come_too_late_is_refused_at_once():
     with_batcher(odd(delay_s=0.3), BatchConfig(max_batch=2), scenario)
 
 
+def test_a_slow_batch_does_not_refuse_short_deadlines_to_an_idle_worker():
+    """The estimate is learned from batches that run; refusing all of them would keep it for ever."""
+
+    async def scenario(batcher: PolicyBatcher, metrics: Metrics) -> None:
+        await batcher.act([ask("sleep")])
+        for _ in range(3):
+            assert len(await batcher.act([ask(timeout_s=0.95)])) == 1
+
+    with_batcher(ODD, BatchConfig(), scenario)
+
+
 def test_a_failure_of_the_policy_is_named_and_the_worker_goes_on():
     async def scenario(batcher: PolicyBatcher, metrics: Metrics) -> None:
         pid = batcher.worker_pid
@@ -206,13 +219,13 @@ def test_a_swap_drops_no_request_and_a_failed_one_changes_nothing(tmp_path: Path
         robots = [asyncio.ensure_future(robot()) for _ in range(4)]
         await asyncio.sleep(0.05)
         batcher.source = odd(delay_s=0.01, content_hash="new")
-        assert await batcher.swap() == ("odd", "new")
+        assert await batcher.swap(await batcher.load()) == ("odd", "new")
         await asyncio.sleep(0.1)
         pid = batcher.worker_pid
         bad.touch()
         batcher.source = odd(fail_file=str(bad))
         with pytest.raises(Refusal, match="is there") as caught:
-            await batcher.swap()
+            await batcher.load()
         assert caught.value.code is Code.CONFLICT
         stop = True
         await asyncio.gather(*robots)
@@ -220,6 +233,34 @@ def test_a_swap_drops_no_request_and_a_failed_one_changes_nothing(tmp_path: Path
         assert batcher.worker_pid == pid and batcher.description.checkpoint == "new"
 
     with_batcher(odd(delay_s=0.01), BatchConfig(), scenario)
+
+
+def test_every_workers_death_is_told_and_the_one_in_service_is_replaced():
+    """Also while another, swapped out, still ends its work."""
+
+    async def scenario() -> None:
+        told = []
+
+        async def start() -> FakeWorker:
+            return FakeWorker()
+
+        keeper = WorkerKeeper(
+            "fake", start, Metrics(), took=lambda worker: None, died=lambda worker, reason: told.append((worker, keeper.worker))
+        )
+        await keeper.start()
+        new = await keeper.load()
+        old = keeper.swap(new)
+        new.died.set_result("died")
+        async with asyncio.timeout(5):
+            while keeper.worker in (new, None):
+                await asyncio.sleep(0)
+        third = keeper.worker
+        old.died.set_result("died")
+        await asyncio.sleep(0.01)
+        assert told == [(new, None), (old, third)] and keeper.worker is third
+        await keeper.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_policy_that_cannot_be_loaded_is_one_error_with_its_own_words(tmp_path: Path):
@@ -256,3 +297,11 @@ def test_the_gate_counts_and_closes():
         assert value(metrics, "remask_requests_total", protocol="grpc", method="x", code="UNAVAILABLE") == 1
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("protocol", "code"), [("http", "500"), ("grpc", "INTERNAL"), ("websocket", "INTERNAL")])
+def test_the_gate_counts_a_failure_as_one_and_hands_it_on(protocol: str, code: str):
+    metrics = Metrics()
+    with pytest.raises(ArithmeticError), Gate(Limits(), metrics).request(protocol, "x"):
+        raise ArithmeticError
+    assert value(metrics, "remask_requests_total", protocol=protocol, method="x", code=code) == 1

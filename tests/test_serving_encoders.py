@@ -1,7 +1,11 @@
 """Encoders behind the Open Inference Protocol, over HTTP and gRPC: embeddings equal those made in this process."""
 
+import asyncio
+import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import grpc
 import numpy as np
@@ -9,10 +13,16 @@ import pytest
 
 from serve.image_encoder import PolicyTower, policy_tower
 from serve.protocol import open_inference_pb2 as oip_pb2
+from serve.protocol.refusal import Code, Refusal
 from serve.protocol.tensors import TensorSpec
 from serve.server import ServeConfig, Server
-from tests.serving import WEB, Running, running
+from serve.tensor_model import Signature
+from serve.worker_process import WorkerProcess
+from tests.serving import WEB, FakeWorker, Running, running
 from tests.tiny_policy import observations, write_policy
+
+
+SLOW = -7.0  # takes a second to be refused
 
 
 class Doubler:
@@ -23,6 +33,8 @@ class Doubler:
     content_hash = "doubler"
 
     def infer(self, tensors):
+        if (tensors["x"] == SLOW).any():
+            time.sleep(1.0)
         if (tensors["x"] < 0).any():
             raise ValueError("x is negative")
         if (tensors["x"] > 1000).any():
@@ -106,6 +118,47 @@ def test_what_an_encoder_does_not_take_is_named(server: Running, inputs: list, b
         assert answer.json()["outputs"][0]["data"] == [2, 4]
     else:
         assert says in answer.json()["error"] and "secret" not in answer.json()["error"]
+
+
+def test_who_gives_up_leaves_its_turn_to_nobody_until_it_is_computed(server: Running, caplog):
+    """The worker goes on with it; what is sent meanwhile would pile up there, late and unseen."""
+    doubler = server.server.encoders["doubler"]
+
+    async def ask_for(x: float, timeout_s: float) -> np.ndarray:
+        return (await doubler.infer({"x": np.full((1, 2), x, np.float32)}, time.monotonic() + timeout_s))["y"]
+
+    for _ in range(5):
+        with pytest.raises(Refusal) as caught:
+            server.run(ask_for(SLOW, 0.1))
+        assert caught.value.code is Code.DEADLINE
+    began = time.monotonic()
+    assert server.run(ask_for(3.0, 30.0)).tolist() == [[6, 6]]
+    assert time.monotonic() - began < 2.0, "one of the five was computed"
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_a_swap_is_of_all_models_or_of_none(monkeypatch):
+    def fake(checkpoint: str) -> FakeWorker:
+        return FakeWorker(**Signature(Doubler.inputs, Doubler.outputs, checkpoint).to_dict())
+
+    async def scenario() -> None:
+        server = Server(ServeConfig(encoders={"one": {}, "two": {}}))
+        started = [fake("a"), fake("b"), fake("c"), ValueError("no weights"), fake("d"), fake("e")]
+        monkeypatch.setattr(WorkerProcess, "start", AsyncMock(side_effect=started))
+        with pytest.raises(Refusal, match="being loaded") as caught:
+            await server.services.swap()
+        assert caught.value.code is Code.UNAVAILABLE and not WorkerProcess.start.called
+        for encoder in server.encoders.values():
+            await encoder.start()
+        with pytest.raises(Refusal, match="no weights") as caught:
+            await server.services.swap()
+        assert caught.value.code is Code.CONFLICT and started[2].died.result() == "closed"
+        assert [encoder.signature.checkpoint for encoder in server.encoders.values()] == ["a", "b"]
+        assert await server.services.swap() == ("a+b", "d+e")
+        await server.stop(grace_s=0.0)
+
+    asyncio.run(scenario())
 
 
 def test_an_encoder_cannot_take_the_policys_name():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from serve.client import RemotePolicy
+from serve.grpc_session import Session
 from serve.policy_batcher import BatchConfig
 from serve.protocol import policy_pb2, policy_pb2_grpc
 from serve.server import ServeConfig
@@ -69,6 +70,27 @@ def test_a_reset_forgets_what_waits_and_a_refusal_leaves_the_session_open(server
     assert kinds == {1: "superseded", 2: "superseded", 3: "reset", 4: "error", 5: "error", 6: "act"}
     assert got[5].error.code == "INVALID_ARGUMENT" and "refused" in got[5].error.message
     assert got[6].act.rounds == 1
+
+
+def test_nothing_more_is_computed_for_a_robot_that_has_gone(server: Running):
+    async def leave() -> int:
+        """Requests in flight after a robot left while one observation was computed and another waited."""
+
+        async def messages():
+            yield observe(1)
+            yield observe(2)
+            both_taken.set()
+            await asyncio.sleep(60)
+
+        both_taken = asyncio.Event()
+        answering = asyncio.ensure_future(anext(Session(server.server.services).run(messages())))
+        await both_taken.wait()
+        answering.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        return server.server.gate.in_flight
+
+    assert server.run(leave()) == 0
 
 
 def test_a_grpc_deadline_is_honoured(server: Running):

@@ -46,7 +46,8 @@ def linear_distillation(
     and T^2 keeps gradients of one size across temperatures (arXiv 1503.02531). SmoothL1 is the mean over D of each row; EAGLE trains
     with feature_weight 1 and divergence_weight 0.1 on a frozen head (arXiv 2401.15077).
     valid: bool [...], rows to keep (all if None). token_weight, reduction, normalizer: as in `linear_cross_entropy`.
-    No row kept: loss 0. Gradients are formed during the forward pass; double backward raises RuntimeError.
+    No row kept: loss 0. Gradients are formed during the forward pass (float16: backward, see `linear_cross_entropy`'s `_one_sweep`);
+    double backward raises RuntimeError.
     Raises ValueError naming the argument that does not fit.
     """
     _check(hidden, weight, teacher_hidden, teacher_weight, valid, token_weight, divergence, temperature, reduction, feature_weight)
@@ -102,28 +103,30 @@ class _Plan:
 
 
 class _Distillation(torch.autograd.Function):
-    """sum_i factor_i D_i, its gradients formed chunk by chunk."""
+    """sum_i factor_i D_i, its gradients formed chunk by chunk: at once, but in float16 only when a GradScaler's factor is known."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, factor: Tensor, plan: _Plan
     ) -> Tensor:
-        needs = Needs(*ctx.needs_input_grad[:2])
-        value, gradients = _sweep(hidden, weight, teacher_hidden, teacher_weight, factor, plan, needs)
-        ctx.plan, ctx.needs, ctx.gradients = plan, needs, gradients
+        ctx.plan, ctx.needs = plan, Needs(*ctx.needs_input_grad[:2])
+        at_once = hidden.dtype != torch.float16
+        value, gradients = _sweep(hidden, weight, teacher_hidden, teacher_weight, factor, plan, ctx.needs if at_once else Needs())
+        ctx.gradients = gradients if at_once else None
         ctx.save_for_backward(hidden, weight, teacher_hidden, teacher_weight, factor)
         return value
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        *saved, factor = ctx.saved_tensors
         gradients, ctx.gradients = ctx.gradients, None  # handed out and scaled in place: a second backward sweeps again
         with torch.no_grad(), torch.autocast(saved[0].device.type, enabled=False):
             if gradients is None:
-                _, gradients = _sweep(*saved, ctx.plan, ctx.needs)
-            for part in (gradients.hidden, gradients.weight):
-                if part is not None:
-                    part.mul_(upstream)
+                _, gradients = _sweep(*saved, factor * upstream, ctx.plan, ctx.needs)
+            else:
+                for part in (gradients.hidden, gradients.weight):
+                    if part is not None:
+                        part.mul_(upstream)
         both = gradients.rounded(saved[1].dtype)[:2]
         return *first_order(both, (upstream, *saved[:2])), None, None, None, None
 

@@ -90,7 +90,7 @@ def linear_cross_entropy(
     bias = None if bias is None else bias.to(accumulation_dtype(hidden.dtype))
     scale = row_scale(kept.weight, len(kept.rows), reduction, normalizer)
     chosen = build_backend(backend, kept.hidden, weight, logits_bytes)
-    if _one_sweep(chosen, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
+    if _one_sweep(chosen, kept.hidden, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
         loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), RowLoss(token_loss, scale))
         if kept.validate:
             check_finite(loss, kept.hidden, weight)
@@ -113,11 +113,15 @@ def linear_cross_entropy(
 
 
 def _one_sweep(
-    backend: Backend | None, reduction: Reduction, return_stats: bool, scale: Tensor | float, shard: VocabShard | None
+    backend: Backend | None, hidden: Tensor, reduction: Reduction, return_stats: bool, scale: Tensor | float, shard: VocabShard | None
 ) -> bool:
-    """Whether gradients can be formed during the forward pass: one scalar that depends on nothing else differentiable."""
+    """Whether gradients can be formed during the forward pass: one scalar that depends on nothing else differentiable.
+
+    Not in float16: p / N underflows, and what keeps it from that, the factor of a GradScaler, arrives with the backward pass."""
+    if not isinstance(backend, Chunked) or hidden.dtype == torch.float16:
+        return False
     differentiable_scale = isinstance(scale, Tensor) and scale.requires_grad
-    return isinstance(backend, Chunked) and reduction != "none" and not return_stats and not differentiable_scale and shard is None
+    return reduction != "none" and not return_stats and not differentiable_scale and shard is None
 
 
 def _statistics(
