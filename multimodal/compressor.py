@@ -150,7 +150,7 @@ class VisualCompressor(nn.Module):
         for row, index in enumerate(chosen.tolist()):
             own = slice(row, row + 1)
             part = self._branch(BRANCHES[index], tokens[own], seeds[own], None if scores is None else scores[own])
-            picked.append(part[0] * passed[row, index])
+            picked.append(part[0] * passed[row, index].to(part.dtype))
         return Compressed(picked, weights, tuple(BRANCHES[index] for index in chosen.tolist()))
 
     def alike(self, tokens: Tensor, seed: int = 0) -> Tensor:
@@ -169,12 +169,16 @@ class VisualCompressor(nn.Module):
         return self.config.cost_weight * (gate @ kept).mean() + self.config.balance_weight * balance
 
     def _gate(self, tokens: Tensor, question: Tensor | None) -> Tensor:
-        """Log-probabilities [B, branches]; finite where a probability is not, whose logarithm would have no gradient."""
+        """Log-probabilities [B, branches], finite where a probability's own logarithm would not be.
+
+        In float32 at least: in bfloat16 one uniform draw in 500 rounds to 1, and its Gumbel noise is infinite.
+        """
         if question is None:
             mode = self.config.mode
             raise ValueError(f"Compressor mode {mode!r} has a gate, which needs a question vector [B, width]; got None.")
         seen = torch.cat([F.normalize(question, dim=-1), F.normalize(tokens.mean(1), dim=-1)], dim=-1) * tokens.shape[-1] ** 0.5
-        return self.gate(seen).log_softmax(-1)
+        logits = self.gate(seen)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
     def _branch(self, name: str, tokens: Tensor, seeds: Sequence[int], scores: Tensor | None) -> Tensor:
         """[B, P, width] -> [B, m, width]."""

@@ -106,6 +106,14 @@ def test_a_gate_that_is_certain_still_has_gradients():
     assert all(bool(weight.grad.isfinite().all()) for weight in compressor.gate.parameters())
 
 
+def test_draws_under_bfloat16_are_finite():
+    compressor, generator = build(), torch.Generator().manual_seed(0)
+    tokens, question = TOKENS.repeat(100, 1, 1), QUESTION.repeat(100, 1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(4):
+            assert all(part.isfinite().all() for part in compressor(tokens, question, generator=generator).tokens)
+
+
 def test_the_gate_pays_for_tokens_and_for_imbalance():
     compressor = build(cost_weight=1.0, balance_weight=0.0)
     one_hot = torch.eye(5)
