@@ -90,6 +90,8 @@ def linear_cross_entropy(
     bias = None if bias is None else bias.to(accumulation_dtype(hidden.dtype))
     scale = row_scale(kept.weight, len(kept.rows), reduction, normalizer)
     chosen = build_backend(backend, kept.hidden, weight, logits_bytes)
+    if chosen is None and vocab_shard is not None:
+        raise ValueError("vocab_shard does not go with backend 'reference', which joins no ranks; allowed: 'chunked', 'vocab_blocks'.")
     if _one_sweep(chosen, kept.hidden, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
         loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), RowLoss(token_loss, scale))
         if kept.validate:
