@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
 from multimodal.kernels.reduction import LossOutput, reduce_tokens, split_options
+from multimodal.kernels.statistics import VocabShard
 
 # log-probabilities [n, V], columns [V], continuous target [n], number of columns in range [n] -> losses [n]
 RowLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +35,7 @@ class HLGauss:
     def __call__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, *, values: Tensor | None = None, **options: Any
     ) -> Tensor | LossOutput:
-        low, high = column_range(targets, weight, options.get("vocab_range"))
+        low, high = column_range(targets, weight, options.get("vocab_range"), options.get("vocab_shard"))
         ignored = targets == options.get("ignore_index", -100)
         ids, probs = gaussian_targets(targets, values, low, high, sigma=self.sigma)
         ids = ids.masked_fill(ignored[..., None], options.get("ignore_index", -100))
@@ -108,11 +109,13 @@ def plackett_luce(logits: Tensor, teacher_logits: Tensor, targets: Tensor | None
     return -(alpha * (score - rest)).masked_fill(excluded, 0).sum(1)
 
 
-def column_range(targets: Tensor, weight: Tensor, vocab_range: tuple[int, int] | Tensor | None) -> tuple[Tensor, Tensor]:
-    """First and last + 1 column of each row [...]."""
+def column_range(
+    targets: Tensor, weight: Tensor, vocab_range: tuple[int, int] | Tensor | None, shard: VocabShard | None = None
+) -> tuple[Tensor, Tensor]:
+    """First and last + 1 column of each row [...], counted over all shards as targets are."""
     if isinstance(vocab_range, Tensor):
         return vocab_range[..., 0], vocab_range[..., 1]
-    low, high = (0, weight.shape[0]) if vocab_range is None else vocab_range
+    low, high = vocab_range or (0, weight.shape[0] if shard is None else shard.vocab_size)
     return torch.full_like(targets, low), torch.full_like(targets, high)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from multimodal.bin_losses import EarthMover, HLGauss, PlackettLuce
+from multimodal.bin_losses import EarthMover, HLGauss, PlackettLuce, column_range
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
 from multimodal.kernels.reduction import LossOutput, reduce_tokens, split_options
 from multimodal.kernels.statistics import TokenStatistics
@@ -138,7 +138,8 @@ class DistributionallyRobust:
         self, hidden: Tensor, weight: Tensor, targets: Tensor, *, values: Tensor | None = None, **options: Any
     ) -> Tensor | LossOutput:
         asked, options = split_options(options)
-        num_columns = _num_columns(weight, options.get("vocab_range"), options.get("vocab_shard"))
+        low, high = column_range(targets, weight, options.get("vocab_range"), options.get("vocab_shard"))
+        num_columns = (high - low).float()
         lam = torch.full(targets.shape, self.lam, device=hidden.device)
         if self.adapt:
             with torch.no_grad():
@@ -186,14 +187,6 @@ def edit_invariant(log_probs: Tensor, ngrams: tuple[int, ...]) -> Tensor:
         score = sum(log_probs[..., j : j + rows, j : j + columns] for j in range(n)) / n
         losses.append(-(score.softmax(-2) * score).sum(-2).mean(-1))
     return torch.stack(losses).mean(0)
-
-
-def _num_columns(weight: Tensor, vocab_range: tuple[int, int] | Tensor | None, shard: Any) -> Tensor:
-    """How many columns a row's softmax runs over, float32, [] or [...]."""
-    if isinstance(vocab_range, Tensor):
-        return (vocab_range[..., 1] - vocab_range[..., 0]).float()
-    size = weight.shape[0] if shard is None else shard.vocab_size
-    return torch.tensor(float(size if vocab_range is None else vocab_range[1] - vocab_range[0]), device=weight.device)
 
 
 def _require(condition: bool, objective: object, field: str, allowed: str) -> None:
