@@ -126,6 +126,16 @@ def _ordinal(targets: Tensor, values: Tensor | None, low: Tensor, high: Tensor) 
     return ordinal, torch.where(ordinal, values, 0).clamp(min=low.float(), max=(high - 1).float())
 
 
+def require_plain_logits(options: dict[str, Any]) -> None:
+    """Refuse what the logits `hidden @ weight.T`, which an objective forms beside the fused loss, would not heed."""
+    unsupported = sorted(set(options) & {"target_probs", "vocab_shard", "softcap", "label_smoothing", "z_loss", "temperature", "bias"})
+    if unsupported:
+        raise ValueError(
+            f"{unsupported[0]} is not supported by objectives that form logits of their own (earth_mover, edit_invariant, plackett_luce); "
+            "leave it out."
+        )
+
+
 def _dense(
     row_loss: RowLoss,
     cross_entropy_weight: float,
@@ -136,9 +146,7 @@ def _dense(
     options: dict[str, Any],
 ) -> Tensor | LossOutput:
     """Losses that need every probability of a row: log-probabilities [n, R] of the ordinal rows are held. For bins, not words."""
-    unsupported = sorted(set(options) & {"target_probs", "vocab_shard", "softcap", "label_smoothing", "z_loss", "temperature", "bias"})
-    if unsupported:
-        raise ValueError(f"{unsupported[0]} is not supported by objectives over bins (earth_mover, plackett_luce); leave it out.")
+    require_plain_logits(options)
     low, high = column_range(targets, weight, options.get("vocab_range"))
     ordinal, centre = _ordinal(targets, values, low, high)
     ordinal = ordinal & (targets != options.get("ignore_index", -100))

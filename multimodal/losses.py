@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from multimodal.bin_losses import EarthMover, HLGauss, PlackettLuce, column_range
+from multimodal.bin_losses import EarthMover, HLGauss, PlackettLuce, column_range, require_plain_logits
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
 from multimodal.kernels.reduction import LossOutput, reduce_tokens, split_options
 from multimodal.kernels.statistics import TokenStatistics
@@ -160,7 +160,7 @@ class EditInvariant:
 
     For a target n-gram s and an output offset t, g(t, s) = mean_j log p_{t+j}(y_{s+j}); the loss is -mean_s sum_t softmax_t(g) g,
     averaged over `ngrams`, mixed with cross-entropy. The attention over offsets replaces the paper's Gumbel samples by their mean.
-    Needs targets without ignored entries; one loss per chunk, so reductions count chunks and token_weight is [...]."""
+    Every entry is supervised, else ValueError; one loss per chunk, so reductions count chunks and token_weight is [...]."""
 
     ngrams: tuple[int, ...] = (2, 3)
     cross_entropy_weight: float = 1.0
@@ -170,8 +170,11 @@ class EditInvariant:
     ) -> Tensor | LossOutput:
         if targets.dim() < 2 or targets.shape[-1] < max(self.ngrams):
             raise ValueError(f"edit_invariant needs targets [..., T] with T >= {max(self.ngrams)} (ngrams); got {list(targets.shape)}.")
+        require_plain_logits(options)
         asked, options = split_options(options)
         stats = linear_cross_entropy(hidden, weight, targets, reduction="none", return_stats=True, **options)
+        if stats.count < targets.numel():
+            raise ValueError(f"edit_invariant needs every entry of targets; only {stats.count} of {targets.numel()} are not ignored.")
         at_targets = torch.einsum("...td,...sd->...ts", hidden, weight[targets]).to(stats.lse.dtype)
         loss = self.cross_entropy_weight * stats.nll.mean(-1)
         loss = loss + edit_invariant(at_targets - stats.lse[..., None], self.ngrams)

@@ -207,6 +207,21 @@ def test_edit_invariant_forgives_a_shift_that_cross_entropy_punishes():
     assert shifted < 2.0 < F.cross_entropy(logits, tokens)
 
 
+@pytest.mark.parametrize("name", ["earth_mover", "edit_invariant", "plackett_luce"])
+@pytest.mark.parametrize("option", [{"bias": torch.zeros(BINS + 2)}, {"softcap": 5.0}, {"temperature": 2.0}], ids=lambda option: min(option))
+def test_an_objective_that_forms_logits_refuses_options_that_shape_them(name: str, option: dict[str, Any]):
+    hidden, weight, targets, options = rows(ignored=False)
+    with pytest.raises(ValueError, match=f"{min(option)}.*{name}"):
+        build_objective({"type": name})(hidden, weight, targets, **options, **option)
+
+
+def test_edit_invariant_refuses_ignored_entries():
+    hidden, weight, targets, options = rows(ignored=False)
+    targets[0, 0] = -2  # a column of weight[targets], counted from the end
+    with pytest.raises(ValueError, match="edit_invariant.*14 of 15"):
+        build_objective({"type": "edit_invariant"})(hidden, weight, targets, **options, ignore_index=-2)
+
+
 EMBEDDING_LOSSES = {
     "symmetric": lambda a, b: symmetric_cross_entropy(a, b).sum(),
     "mann_whitney": lambda a, b: mann_whitney(a, b, temperature=0.5),
