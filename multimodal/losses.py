@@ -176,8 +176,10 @@ class EditInvariant:
         if stats.count < targets.numel():
             raise ValueError(f"edit_invariant needs every entry of targets; only {stats.count} of {targets.numel()} are not ignored.")
         at_targets = torch.einsum("...td,...sd->...ts", hidden, weight[targets]).to(stats.lse.dtype)
-        loss = self.cross_entropy_weight * stats.nll.mean(-1)
-        loss = loss + edit_invariant(at_targets - stats.lse[..., None], self.ngrams)
+        low, high = (bound[..., None] for bound in column_range(targets, weight, options.get("vocab_range")))
+        outside = (targets[..., None, :] < low) | (targets[..., None, :] >= high)  # of the range of the offset it is met at
+        log_probs = (at_targets - stats.lse[..., None]).masked_fill(outside, -torch.inf)
+        loss = self.cross_entropy_weight * stats.nll.mean(-1) + edit_invariant(log_probs, self.ngrams)
         valid = torch.ones_like(loss, dtype=torch.bool)
         return reduce_tokens(loss, valid, stats, **asked)
 

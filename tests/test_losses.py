@@ -207,6 +207,16 @@ def test_edit_invariant_forgives_a_shift_that_cross_entropy_punishes():
     assert shifted < 2.0 < F.cross_entropy(logits, tokens)
 
 
+def test_edit_invariant_gives_no_probability_outside_the_range_of_an_offset():
+    hidden, weight, targets, options = rows(ignored=False)
+    column, (low, high) = torch.arange(BINS + 2), options["vocab_range"].unbind(-1)
+    inside = (column >= low[..., None]) & (column < high[..., None])
+    log_probs = (hidden @ weight.T).masked_fill(~inside, -torch.inf).log_softmax(-1)
+    truth = edit_invariant(log_probs.gather(2, targets[:, None].expand(3, 5, 5)), (2,))
+    objective = build_objective({"type": "edit_invariant", "ngrams": [2], "cross_entropy_weight": 0})
+    torch.testing.assert_close(objective(hidden, weight, targets, **options, reduction="none"), truth)
+
+
 @pytest.mark.parametrize("name", ["earth_mover", "edit_invariant", "plackett_luce"])
 @pytest.mark.parametrize("option", [{"bias": torch.zeros(BINS + 2)}, {"softcap": 5.0}, {"temperature": 2.0}], ids=lambda option: min(option))
 def test_an_objective_that_forms_logits_refuses_options_that_shape_them(name: str, option: dict[str, Any]):
