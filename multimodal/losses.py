@@ -123,7 +123,8 @@ class DistributionallyRobust:
     """Label-distributionally robust loss (arXiv 2112.14869): lam log(1/R sum_v exp((margin [v != y] + z_v - z_y) / lam)).
 
     lam -> 0 is the hinge of the worst label, lam = 1 and margin 0 cross-entropy less log R. With `adapt` = alpha > 0 each row takes
-    lam (1 - KL(p || uniform) / (alpha log R)), no gradient, at least `floor` lam: rows that are sure of themselves become harder."""
+    lam (1 - KL(p || uniform) / (alpha log R)), no gradient, at least `floor` lam: rows that are sure of themselves become harder.
+    Where p rounds to 1 the margin counts as met: float32 asks for a gap of about 10 lam, however large the margin."""
 
     lam: float = 1.0
     margin: float = 0.0
@@ -144,12 +145,13 @@ class DistributionallyRobust:
         if self.adapt:
             with torch.no_grad():
                 entropy = linear_cross_entropy(hidden, weight, targets, reduction="none", return_stats=True, **options).entropy
-            certainty = 1 - entropy / num_columns.log()  # KL(p || uniform) / log R
+            certainty = torch.where(num_columns > 1, 1 - entropy / num_columns.log(), 0)  # KL(p || uniform) / log R
             lam = lam * (1 - certainty / self.adapt).clamp(min=self.floor)
         stats = linear_cross_entropy(hidden, weight, targets, temperature=lam, reduction="none", return_stats=True, **options)
-        # the margin moves every other logit up: lse' = lse + log(e^a (1 - p) + p) with a = margin / lam
-        p, shift = torch.exp(-stats.nll), self.margin / lam
-        loss = lam * (stats.nll + torch.log(torch.exp(shift) * (1 - p) + p) - num_columns.log())
+        # the margin moves every other logit up: lse' = lse + log(e^a (1 - p) + p) with a = margin / lam, and e^a may overflow
+        sure = stats.nll <= 0
+        log_rest = torch.log(-torch.expm1(-stats.nll.masked_fill(sure, 1))).masked_fill(sure, -torch.inf)  # log(1 - p)
+        loss = lam * (stats.nll + torch.logaddexp(self.margin / lam + log_rest, -stats.nll) - num_columns.log())
         valid = targets != options.get("ignore_index", -100)
         return reduce_tokens(loss.to(stats.nll.dtype), valid, stats, **asked)
 

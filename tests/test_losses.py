@@ -145,6 +145,22 @@ def test_distributionally_robust_is_its_definition():
         torch.testing.assert_close(got.flatten(), truth, rtol=1e-5, atol=1e-6)
 
 
+def test_distributionally_robust_stays_finite_where_the_margin_is_many_temperatures():
+    hidden = torch.tensor([[0.0, 0.05, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)  # unsure, right, wrong
+    objective = build_objective({"type": "distributionally_robust", "lam": 0.01, "margin": 1.0})
+    got = objective(hidden, torch.eye(3), torch.zeros(3, dtype=torch.long), reduction="none")
+    gap = hidden.detach() - hidden.detach()[:, :1] + torch.tensor([0.0, 1.0, 1.0])
+    torch.testing.assert_close(got.detach(), 0.01 * ((gap / 0.01).logsumexp(1) - math.log(3)), rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_one_allowed_column_is_no_certainty():
+    hidden, weight, targets, _ = rows(ignored=False)
+    objective = build_objective({"type": "distributionally_robust", "adapt": 1.0})
+    assert objective(hidden, weight, torch.full_like(targets, 3), vocab_range=(3, 4)) == 0
+
+
 def test_adapted_temperature_falls_with_certainty():
     hidden, weight = torch.stack([torch.zeros(BINS), 9 * F.one_hot(torch.tensor(3), BINS).float()]), torch.eye(BINS)
     targets = torch.tensor([3, 5])
