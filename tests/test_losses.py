@@ -77,6 +77,17 @@ def test_every_objective_is_tested_and_scales_with_the_normalizer():
         torch.testing.assert_close(objective(hidden, weight, targets, **options, normalizer=5.0), total / 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("reduction", {"reduction": "avg"}), ("normalizer", {"reduction": "sum", "normalizer": 2.0}), ("normalizer", {"normalizer": -3.0})],
+)
+def test_every_objective_refuses_the_same_reductions(name: str, wrong: dict[str, Any]):
+    for config in SETTINGS:
+        hidden, weight, targets, options = rows(ignored=False)
+        with pytest.raises(ValueError, match=f"^{name} is.*'mean'"):
+            build_objective(config)(hidden, weight, targets, **options, **wrong)
+
+
 def test_an_objective_ignores_ignored_rows():
     for config in SETTINGS:
         if config["type"] == "edit_invariant":

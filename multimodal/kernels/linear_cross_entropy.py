@@ -75,8 +75,7 @@ def linear_cross_entropy(
     shape = targets.shape if target_probs is None else targets.shape[:-1]
     check_inputs(
         hidden, weight, targets, target_probs, bias=bias, token_weight=token_weight, label_smoothing=label_smoothing, softcap=softcap,
-        temperature=temperature, vocab_range=vocab_range, valid_index=valid_index, reduction=reduction, normalizer=normalizer,
-        vocab_shard=vocab_shard,
+        temperature=temperature, vocab_range=vocab_range, valid_index=valid_index, vocab_shard=vocab_shard,
     )  # fmt: skip
     if isinstance(vocab_range, tuple) and vocab_shard is None:  # one range for all rows needs no other column at all
         weight, bias = weight[slice(*vocab_range)], None if bias is None else bias[slice(*vocab_range)]
