@@ -14,6 +14,7 @@ from torch import Tensor
 
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
 from multimodal.kernels.reduction import LossOutput, reduce_tokens, split_options
+from multimodal.kernels.statistics import VocabShard
 
 # log-probabilities [n, V], columns [V], continuous target [n], number of columns in range [n] -> losses [n]
 RowLoss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -34,7 +35,7 @@ class HLGauss:
     def __call__(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, *, values: Tensor | None = None, **options: Any
     ) -> Tensor | LossOutput:
-        low, high = column_range(targets, weight, options.get("vocab_range"))
+        low, high = column_range(targets, weight, options.get("vocab_range"), options.get("vocab_shard"))
         ignored = targets == options.get("ignore_index", -100)
         ids, probs = gaussian_targets(targets, values, low, high, sigma=self.sigma)
         ids = ids.masked_fill(ignored[..., None], options.get("ignore_index", -100))
@@ -108,11 +109,13 @@ def plackett_luce(logits: Tensor, teacher_logits: Tensor, targets: Tensor | None
     return -(alpha * (score - rest)).masked_fill(excluded, 0).sum(1)
 
 
-def column_range(targets: Tensor, weight: Tensor, vocab_range: tuple[int, int] | Tensor | None) -> tuple[Tensor, Tensor]:
-    """First and last + 1 column of each row [...]."""
+def column_range(
+    targets: Tensor, weight: Tensor, vocab_range: tuple[int, int] | Tensor | None, shard: VocabShard | None = None
+) -> tuple[Tensor, Tensor]:
+    """First and last + 1 column of each row [...], counted over all shards as targets are."""
     if isinstance(vocab_range, Tensor):
         return vocab_range[..., 0], vocab_range[..., 1]
-    low, high = (0, weight.shape[0]) if vocab_range is None else vocab_range
+    low, high = vocab_range or (0, weight.shape[0] if shard is None else shard.vocab_size)
     return torch.full_like(targets, low), torch.full_like(targets, high)
 
 
@@ -121,6 +124,16 @@ def _ordinal(targets: Tensor, values: Tensor | None, low: Tensor, high: Tensor) 
     values = targets.float() if values is None else values.float()
     ordinal = (high - low > 2) & ~values.isnan()
     return ordinal, torch.where(ordinal, values, 0).clamp(min=low.float(), max=(high - 1).float())
+
+
+def require_plain_logits(options: dict[str, Any]) -> None:
+    """Refuse what the logits `hidden @ weight.T`, which an objective forms beside the fused loss, would not heed."""
+    unsupported = sorted(set(options) & {"target_probs", "vocab_shard", "softcap", "label_smoothing", "z_loss", "temperature", "bias"})
+    if unsupported:
+        raise ValueError(
+            f"{unsupported[0]} is not supported by objectives that form logits of their own (earth_mover, edit_invariant, plackett_luce); "
+            "leave it out."
+        )
 
 
 def _dense(
@@ -133,9 +146,7 @@ def _dense(
     options: dict[str, Any],
 ) -> Tensor | LossOutput:
     """Losses that need every probability of a row: log-probabilities [n, R] of the ordinal rows are held. For bins, not words."""
-    unsupported = sorted(set(options) & {"target_probs", "vocab_shard", "softcap", "label_smoothing", "z_loss", "temperature", "bias"})
-    if unsupported:
-        raise ValueError(f"{unsupported[0]} is not supported by objectives over bins (earth_mover, plackett_luce); leave it out.")
+    require_plain_logits(options)
     low, high = column_range(targets, weight, options.get("vocab_range"))
     ordinal, centre = _ordinal(targets, values, low, high)
     ordinal = ordinal & (targets != options.get("ignore_index", -100))

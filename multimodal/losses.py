@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from multimodal.bin_losses import EarthMover, HLGauss, PlackettLuce
+from multimodal.bin_losses import EarthMover, HLGauss, PlackettLuce, column_range, require_plain_logits
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
 from multimodal.kernels.reduction import LossOutput, reduce_tokens, split_options
 from multimodal.kernels.statistics import TokenStatistics
@@ -123,7 +123,8 @@ class DistributionallyRobust:
     """Label-distributionally robust loss (arXiv 2112.14869): lam log(1/R sum_v exp((margin [v != y] + z_v - z_y) / lam)).
 
     lam -> 0 is the hinge of the worst label, lam = 1 and margin 0 cross-entropy less log R. With `adapt` = alpha > 0 each row takes
-    lam (1 - KL(p || uniform) / (alpha log R)), no gradient, at least `floor` lam: rows that are sure of themselves become harder."""
+    lam (1 - KL(p || uniform) / (alpha log R)), no gradient, at least `floor` lam: rows that are sure of themselves become harder.
+    Where p rounds to 1 the margin counts as met: float32 asks for a gap of about 10 lam, however large the margin."""
 
     lam: float = 1.0
     margin: float = 0.0
@@ -138,17 +139,19 @@ class DistributionallyRobust:
         self, hidden: Tensor, weight: Tensor, targets: Tensor, *, values: Tensor | None = None, **options: Any
     ) -> Tensor | LossOutput:
         asked, options = split_options(options)
-        num_columns = _num_columns(weight, options.get("vocab_range"), options.get("vocab_shard"))
+        low, high = column_range(targets, weight, options.get("vocab_range"), options.get("vocab_shard"))
+        num_columns = (high - low).float()
         lam = torch.full(targets.shape, self.lam, device=hidden.device)
         if self.adapt:
             with torch.no_grad():
                 entropy = linear_cross_entropy(hidden, weight, targets, reduction="none", return_stats=True, **options).entropy
-            certainty = 1 - entropy / num_columns.log()  # KL(p || uniform) / log R
+            certainty = torch.where(num_columns > 1, 1 - entropy / num_columns.log(), 0)  # KL(p || uniform) / log R
             lam = lam * (1 - certainty / self.adapt).clamp(min=self.floor)
         stats = linear_cross_entropy(hidden, weight, targets, temperature=lam, reduction="none", return_stats=True, **options)
-        # the margin moves every other logit up: lse' = lse + log(e^a (1 - p) + p) with a = margin / lam
-        p, shift = torch.exp(-stats.nll), self.margin / lam
-        loss = lam * (stats.nll + torch.log(torch.exp(shift) * (1 - p) + p) - num_columns.log())
+        # the margin moves every other logit up: lse' = lse + log(e^a (1 - p) + p) with a = margin / lam, and e^a may overflow
+        sure = stats.nll <= 0
+        log_rest = torch.log(-torch.expm1(-stats.nll.masked_fill(sure, 1))).masked_fill(sure, -torch.inf)  # log(1 - p)
+        loss = lam * (stats.nll + torch.logaddexp(self.margin / lam + log_rest, -stats.nll) - num_columns.log())
         valid = targets != options.get("ignore_index", -100)
         return reduce_tokens(loss.to(stats.nll.dtype), valid, stats, **asked)
 
@@ -159,7 +162,7 @@ class EditInvariant:
 
     For a target n-gram s and an output offset t, g(t, s) = mean_j log p_{t+j}(y_{s+j}); the loss is -mean_s sum_t softmax_t(g) g,
     averaged over `ngrams`, mixed with cross-entropy. The attention over offsets replaces the paper's Gumbel samples by their mean.
-    Needs targets without ignored entries; one loss per chunk, so reductions count chunks and token_weight is [...]."""
+    Every entry is supervised, else ValueError; one loss per chunk, so reductions count chunks and token_weight is [...]."""
 
     ngrams: tuple[int, ...] = (2, 3)
     cross_entropy_weight: float = 1.0
@@ -169,11 +172,16 @@ class EditInvariant:
     ) -> Tensor | LossOutput:
         if targets.dim() < 2 or targets.shape[-1] < max(self.ngrams):
             raise ValueError(f"edit_invariant needs targets [..., T] with T >= {max(self.ngrams)} (ngrams); got {list(targets.shape)}.")
+        require_plain_logits(options)
         asked, options = split_options(options)
         stats = linear_cross_entropy(hidden, weight, targets, reduction="none", return_stats=True, **options)
+        if stats.count < targets.numel():
+            raise ValueError(f"edit_invariant needs every entry of targets; only {stats.count} of {targets.numel()} are not ignored.")
         at_targets = torch.einsum("...td,...sd->...ts", hidden, weight[targets]).to(stats.lse.dtype)
-        loss = self.cross_entropy_weight * stats.nll.mean(-1)
-        loss = loss + edit_invariant(at_targets - stats.lse[..., None], self.ngrams)
+        low, high = (bound[..., None] for bound in column_range(targets, weight, options.get("vocab_range")))
+        outside = (targets[..., None, :] < low) | (targets[..., None, :] >= high)  # of the range of the offset it is met at
+        log_probs = (at_targets - stats.lse[..., None]).masked_fill(outside, -torch.inf)
+        loss = self.cross_entropy_weight * stats.nll.mean(-1) + edit_invariant(log_probs, self.ngrams)
         valid = torch.ones_like(loss, dtype=torch.bool)
         return reduce_tokens(loss, valid, stats, **asked)
 
@@ -186,14 +194,6 @@ def edit_invariant(log_probs: Tensor, ngrams: tuple[int, ...]) -> Tensor:
         score = sum(log_probs[..., j : j + rows, j : j + columns] for j in range(n)) / n
         losses.append(-(score.softmax(-2) * score).sum(-2).mean(-1))
     return torch.stack(losses).mean(0)
-
-
-def _num_columns(weight: Tensor, vocab_range: tuple[int, int] | Tensor | None, shard: Any) -> Tensor:
-    """How many columns a row's softmax runs over, float32, [] or [...]."""
-    if isinstance(vocab_range, Tensor):
-        return (vocab_range[..., 1] - vocab_range[..., 0]).float()
-    size = weight.shape[0] if shard is None else shard.vocab_size
-    return torch.tensor(float(size if vocab_range is None else vocab_range[1] - vocab_range[0]), device=weight.device)
 
 
 def _require(condition: bool, objective: object, field: str, allowed: str) -> None:

@@ -120,6 +120,8 @@ def test_top_k_teacher_is_soft_cross_entropy_over_its_columns():
         ({"divergence": "kl"}, ["divergence", "kl", "'forward_kl'"]),
         ({"temperature": 0}, ["temperature", "0", "positive"]),
         ({"reduction": "none"}, ["reduction", "none", "'sum'"]),
+        ({"reduction": "sum", "normalizer": 100.0}, ["normalizer", "'sum'", "'mean'"]),
+        ({"normalizer": -3.0}, ["normalizer", "-3.0", "positive"]),
         ({"feature_weight": 1.0}, ["feature_weight", "5", "7"]),
     ],
 )  # fmt: skip

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
+from multimodal.kernels.statistics import VocabShard
 
 H, W, T = torch.randn(4, 3), torch.randn(6, 3), torch.tensor([0, 5, 2, -100])
 HALVES = torch.full((4, 2), 0.5)
@@ -47,6 +48,7 @@ def call(**changes: Any) -> None:
         ({"valid_index": torch.tensor([0, 3])}, ["targets", "-100"]),
         ({"backend": "fast"}, ["backend", "fast", "'chunked'"]),
         ({"backend": 3}, ["backend", "3", "'chunked'"]),
+        ({"backend": "reference", "vocab_shard": VocabShard(0, 11)}, ["vocab_shard", "'reference'", "'chunked'"]),
         ({"token_loss": lambda statistics: statistics.nll, "z_loss": 0.1}, ["token_loss", "z_loss"]),
         ({"hidden": H * torch.nan}, ["hidden", "NaN"]),
         ({"weight": W / 0}, ["weight", "infinity"]),

@@ -77,6 +77,17 @@ def test_every_objective_is_tested_and_scales_with_the_normalizer():
         torch.testing.assert_close(objective(hidden, weight, targets, **options, normalizer=5.0), total / 5)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [("reduction", {"reduction": "avg"}), ("normalizer", {"reduction": "sum", "normalizer": 2.0}), ("normalizer", {"normalizer": -3.0})],
+)
+def test_every_objective_refuses_the_same_reductions(name: str, wrong: dict[str, Any]):
+    for config in SETTINGS:
+        hidden, weight, targets, options = rows(ignored=False)
+        with pytest.raises(ValueError, match=f"^{name} is.*'mean'"):
+            build_objective(config)(hidden, weight, targets, **options, **wrong)
+
+
 def test_an_objective_ignores_ignored_rows():
     for config in SETTINGS:
         if config["type"] == "edit_invariant":
@@ -145,6 +156,22 @@ def test_distributionally_robust_is_its_definition():
         torch.testing.assert_close(got.flatten(), truth, rtol=1e-5, atol=1e-6)
 
 
+def test_distributionally_robust_stays_finite_where_the_margin_is_many_temperatures():
+    hidden = torch.tensor([[0.0, 0.05, 0.0], [5.0, 0.0, 0.0], [0.0, 0.0, 3.0]], requires_grad=True)  # unsure, right, wrong
+    objective = build_objective({"type": "distributionally_robust", "lam": 0.01, "margin": 1.0})
+    got = objective(hidden, torch.eye(3), torch.zeros(3, dtype=torch.long), reduction="none")
+    gap = hidden.detach() - hidden.detach()[:, :1] + torch.tensor([0.0, 1.0, 1.0])
+    torch.testing.assert_close(got.detach(), 0.01 * ((gap / 0.01).logsumexp(1) - math.log(3)), rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    assert hidden.grad.isfinite().all()
+
+
+def test_one_allowed_column_is_no_certainty():
+    hidden, weight, targets, _ = rows(ignored=False)
+    objective = build_objective({"type": "distributionally_robust", "adapt": 1.0})
+    assert objective(hidden, weight, torch.full_like(targets, 3), vocab_range=(3, 4)) == 0
+
+
 def test_adapted_temperature_falls_with_certainty():
     hidden, weight = torch.stack([torch.zeros(BINS), 9 * F.one_hot(torch.tensor(3), BINS).float()]), torch.eye(BINS)
     targets = torch.tensor([3, 5])
@@ -205,6 +232,31 @@ def test_edit_invariant_forgives_a_shift_that_cross_entropy_punishes():
     log_probs = logits.log_softmax(1)
     shifted = edit_invariant(log_probs[:, tokens], (2,))
     assert shifted < 2.0 < F.cross_entropy(logits, tokens)
+
+
+def test_edit_invariant_gives_no_probability_outside_the_range_of_an_offset():
+    hidden, weight, targets, options = rows(ignored=False)
+    column, (low, high) = torch.arange(BINS + 2), options["vocab_range"].unbind(-1)
+    inside = (column >= low[..., None]) & (column < high[..., None])
+    log_probs = (hidden @ weight.T).masked_fill(~inside, -torch.inf).log_softmax(-1)
+    truth = edit_invariant(log_probs.gather(2, targets[:, None].expand(3, 5, 5)), (2,))
+    objective = build_objective({"type": "edit_invariant", "ngrams": [2], "cross_entropy_weight": 0})
+    torch.testing.assert_close(objective(hidden, weight, targets, **options, reduction="none"), truth)
+
+
+@pytest.mark.parametrize("name", ["earth_mover", "edit_invariant", "plackett_luce"])
+@pytest.mark.parametrize("option", [{"bias": torch.zeros(BINS + 2)}, {"softcap": 5.0}, {"temperature": 2.0}], ids=lambda option: min(option))
+def test_an_objective_that_forms_logits_refuses_options_that_shape_them(name: str, option: dict[str, Any]):
+    hidden, weight, targets, options = rows(ignored=False)
+    with pytest.raises(ValueError, match=f"{min(option)}.*{name}"):
+        build_objective({"type": name})(hidden, weight, targets, **options, **option)
+
+
+def test_edit_invariant_refuses_ignored_entries():
+    hidden, weight, targets, options = rows(ignored=False)
+    targets[0, 0] = -2  # a column of weight[targets], counted from the end
+    with pytest.raises(ValueError, match="edit_invariant.*14 of 15"):
+        build_objective({"type": "edit_invariant"})(hidden, weight, targets, **options, ignore_index=-2)
 
 
 EMBEDDING_LOSSES = {

@@ -9,6 +9,7 @@ import torch
 from multimodal.attention import KVCache, block_mask, causal_mask, prefix_mask, tree_mask
 from multimodal.config import DecoderConfig, get_preset
 from multimodal.decoder import Decoder, arange_positions
+from multimodal.losses import build_objective
 from vla.action_head import HEAD_TYPES, ActionBatch, HeadConfig, KnownActions, draw_known_steps
 from vla.action_tokenizer import ActionTokenizer
 from vla.continuous_heads import draw_times
@@ -146,6 +147,12 @@ def test_gradients_through_the_cache_equal_those_of_the_uncached_path():
         hidden.square().sum().backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.vlm.parameters() if p.grad is not None]))
     torch.testing.assert_close(grads[0], grads[1], atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("head_type", ["discrete_diffusion", "parallel", "autoregressive"])
+def test_a_token_head_refuses_an_objective_over_sequences_when_it_is_built(head_type):
+    with pytest.raises(ValueError, match="edit_invariant.*hl_gauss"):
+        build_head(HeadConfig(type=head_type), TOKENIZER, build_objective({"type": "edit_invariant"}))
 
 
 def action_batch(actions: np.ndarray, is_pad: torch.Tensor) -> ActionBatch:

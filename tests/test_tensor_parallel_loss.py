@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from multimodal.bin_losses import HLGauss
 from multimodal.kernels.linear_cross_entropy import linear_cross_entropy
 from multimodal.kernels.statistics import VocabShard
+from multimodal.losses import DistributionallyRobust
 from tests.test_linear_cross_entropy import FEATURES, problem
 
 SHARDS = ((0, 5), (5, 11))  # uneven, of a vocabulary of 11
@@ -17,6 +19,8 @@ CASES: dict[str, dict[str, Any]] = {
     **FEATURES,
     "vocab_blocks": {**FEATURES["softcap"], "backend": "vocab_blocks", "logits_bytes": 100},
     "stats": {"return_stats": True, "vocab_range": "rows"},
+    "hl_gauss": {"loss": HLGauss()},
+    "distributionally_robust": {"loss": DistributionallyRobust(lam=0.7, margin=0.5)},
 }
 
 
@@ -31,7 +35,8 @@ def run_rank(rank: int, folder: str) -> None:
         inputs = [hidden, weight[start:stop], *([options["bias"][start:stop]] if "bias" in options else [])]
         inputs = [each.clone().requires_grad_() for each in inputs]
         options |= {"bias": inputs[2]} if "bias" in options else {}
-        output = linear_cross_entropy(*inputs[:2], targets, vocab_shard=VocabShard(start, 11), **options)
+        loss = options.pop("loss", linear_cross_entropy)
+        output = loss(*inputs[:2], targets, vocab_shard=VocabShard(start, 11), **options)
         objective(output).backward()
         results[name] = [objective(output).detach(), *(each.grad for each in inputs)]
     torch.save(results, f"{folder}/{rank}.pt")
@@ -57,10 +62,11 @@ def test_two_shards_equal_one_vocabulary(name: str, ranks: list[dict[str, list[t
     hidden, weight, targets, options = problem(CASES[name])
     inputs = [hidden, weight, *([options["bias"]] if "bias" in options else [])]
     hidden, *columns = (each.requires_grad_() for each in inputs)
-    truth = objective(linear_cross_entropy(hidden, weight, targets, **{**options, "backend": "reference"}))
+    loss = options.pop("loss", linear_cross_entropy)
+    truth = objective(loss(hidden, weight, targets, **{**options, "backend": "reference"}))
     truth.backward()
-    for (loss, of_hidden, *of_columns), (start, stop) in zip((rank[name] for rank in ranks), SHARDS, strict=True):
-        torch.testing.assert_close(loss, truth.detach())
+    for (value, of_hidden, *of_columns), (start, stop) in zip((rank[name] for rank in ranks), SHARDS, strict=True):
+        torch.testing.assert_close(value, truth.detach())
         torch.testing.assert_close(of_hidden, hidden.grad)
         for ours, whole in zip(of_columns, columns, strict=True):
             torch.testing.assert_close(ours, whole.grad[start:stop])

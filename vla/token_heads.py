@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from multimodal.losses import CrossEntropy, Objective
+from multimodal.losses import OBJECTIVES, CrossEntropy, EditInvariant, Objective
 from vla.action_head import ActionBatch, HeadConfig, HeadLoss, draw_known_steps
 from vla.action_tokenizer import ActionTokenizer
 from vla.decision import Decision, KnownActions
@@ -65,6 +65,11 @@ class TokenHead:
     slots = "tokens"
 
     def __init__(self, config: HeadConfig, tokenizer: ActionTokenizer, objective: Objective = CrossEntropy()) -> None:
+        if isinstance(objective, EditInvariant):
+            raise ValueError(
+                "objective.type is 'edit_invariant', which needs whole chunks, but a token head supervises slots one by one; allowed: "
+                f"{sorted(set(OBJECTIVES) - {'edit_invariant'})}."
+            )
         self.config, self.tokenizer, self.objective = config, tokenizer, objective
 
     def decode(

@@ -31,8 +31,6 @@ def check_inputs(
     temperature: float | Tensor,
     vocab_range: tuple[int, int] | Tensor | None,
     valid_index: Tensor | None,
-    reduction: str,
-    normalizer: float | Tensor | None,
     vocab_shard: VocabShard | None,
 ) -> None:
     """Raise ValueError on shapes, dtypes and settings that do not fit; looks at no tensor's values."""
@@ -75,10 +73,6 @@ def check_inputs(
         raise ValueError(f"vocab_range is {vocab_range}; expected 0 <= start < end <= {vocab_size} (the vocabulary).")
     if valid_index is not None and (valid_index.dim() != 1 or valid_index.dtype != torch.int64):
         raise ValueError(f"valid_index is {valid_index.dtype} {list(valid_index.shape)}; expected int64 [n], flat row numbers.")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction is {reduction!r}; allowed: 'mean', 'sum', 'none'.")
-    if normalizer is not None and (reduction != "mean" or (not isinstance(normalizer, Tensor) and not normalizer > 0)):
-        raise ValueError(f"normalizer is {normalizer} with reduction {reduction!r}; expected a positive number with reduction 'mean'.")
 
 
 def _check_shape(name: str, tensor: Tensor, expected: list[int]) -> None:

@@ -75,8 +75,7 @@ def linear_cross_entropy(
     shape = targets.shape if target_probs is None else targets.shape[:-1]
     check_inputs(
         hidden, weight, targets, target_probs, bias=bias, token_weight=token_weight, label_smoothing=label_smoothing, softcap=softcap,
-        temperature=temperature, vocab_range=vocab_range, valid_index=valid_index, reduction=reduction, normalizer=normalizer,
-        vocab_shard=vocab_shard,
+        temperature=temperature, vocab_range=vocab_range, valid_index=valid_index, vocab_shard=vocab_shard,
     )  # fmt: skip
     if isinstance(vocab_range, tuple) and vocab_shard is None:  # one range for all rows needs no other column at all
         weight, bias = weight[slice(*vocab_range)], None if bias is None else bias[slice(*vocab_range)]
@@ -90,6 +89,8 @@ def linear_cross_entropy(
     bias = None if bias is None else bias.to(accumulation_dtype(hidden.dtype))
     scale = row_scale(kept.weight, len(kept.rows), reduction, normalizer)
     chosen = build_backend(backend, kept.hidden, weight, logits_bytes)
+    if chosen is None and vocab_shard is not None:
+        raise ValueError("vocab_shard does not go with backend 'reference', which joins no ranks; allowed: 'chunked', 'vocab_blocks'.")
     if _one_sweep(chosen, kept.hidden, reduction, return_stats, scale, vocab_shard) and len(kept.rows):
         loss = summed_loss(kept.hidden, weight, bias, Plan(chosen, kept.rows), RowLoss(token_loss, scale))
         if kept.validate:

@@ -1,6 +1,6 @@
 """From losses of rows to what the caller asked for: mean, sum or none, weights, the normalizer, and the record of statistics."""
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,13 @@ class LossOutput(NamedTuple):
 
 
 def row_scale(weight: Tensor | None, count: int, reduction: Reduction, normalizer: float | Tensor | None) -> Tensor | float:
-    """The factor of each row's loss, [n] or one number, given the weights [n] of the `count` kept rows."""
+    """The factor of each row's loss, [n] or one number, given the weights [n] of the `count` kept rows.
+
+    Raises ValueError on a reduction or normalizer that no loss takes; looks at no tensor's values."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction is {reduction!r}; allowed: {', '.join(map(repr, get_args(Reduction)))}.")
+    if normalizer is not None and (reduction != "mean" or (not isinstance(normalizer, Tensor) and not normalizer > 0)):
+        raise ValueError(f"normalizer is {normalizer} with reduction {reduction!r}; expected a positive number with reduction 'mean'.")
     weight = 1.0 if weight is None else weight
     if reduction != "mean":
         return weight
