@@ -51,10 +51,13 @@ class Gate:
             with self.metrics.in_flight.labels(protocol).track_inprogress():
                 yield record
         except Refusal as refusal:
-            record.code = str(refusal.code.value.http) if protocol == "http" else refusal.code.name
+            record.code = _name(protocol, refusal.code)
             raise
         except asyncio.CancelledError:
             record.code = "CANCELLED"
+            raise
+        except Exception:  # only counted here; who answers it logs it
+            record.code = _name(protocol, Code.INTERNAL)
             raise
         finally:
             if admitted:
@@ -103,3 +106,8 @@ class Gate:
             self._empty.clear()
         else:
             self._empty.set()
+
+
+def _name(protocol: str, code: Code) -> str:
+    """Of a code, in the metrics."""
+    return str(code.value.http) if protocol == "http" else code.name

@@ -54,9 +54,12 @@ class HttpGuard:
                 await self.app(scope, response.receive, response.send)
                 return
             with self.services.gate.request("http", "unmatched") as record:
-                await self.app(scope, response.receive, response.send)
-                record.method = f"{scope['method']} {_route(scope)}" if _route(scope) else "unmatched"
-                record.code = str(response.status)
+                try:
+                    await self.app(scope, response.receive, response.send)
+                    record.code = str(response.status)
+                finally:
+                    if _route(scope):
+                        record.method = f"{scope['method']} {_route(scope)}"
         except Refusal as refusal:
             await response.refuse(scope, refusal)
         except Exception:  # the border of the process: the client gets a name, the log gets the rest

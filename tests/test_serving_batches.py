@@ -267,3 +267,11 @@ def test_the_gate_counts_and_closes():
         assert value(metrics, "remask_requests_total", protocol="grpc", method="x", code="UNAVAILABLE") == 1
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("protocol", "code"), [("http", "500"), ("grpc", "INTERNAL"), ("websocket", "INTERNAL")])
+def test_the_gate_counts_a_failure_as_one_and_hands_it_on(protocol: str, code: str):
+    metrics = Metrics()
+    with pytest.raises(ArithmeticError), Gate(Limits(), metrics).request(protocol, "x"):
+        raise ArithmeticError
+    assert value(metrics, "remask_requests_total", protocol=protocol, method="x", code=code) == 1

@@ -238,6 +238,17 @@ def test_errors_never_show_a_traceback(opened: Running):
             assert response.headers["allow"] == "POST"
 
 
+def test_a_failure_is_counted_under_its_route(opened: Running, monkeypatch):
+    async def fail():
+        raise ArithmeticError
+
+    monkeypatch.setattr(opened.server.services, "swap", fail)
+    assert WEB.post(f"{opened.http}/admin/reload").status_code == 500
+    assert opened.run(opened.server.gate.drained(5.0))  # it is counted after its answer
+    labels = {"protocol": "http", "method": "POST /admin/reload", "code": "500"}
+    assert opened.server.metrics.registry.get_sample_value("remask_requests_total", labels) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
