@@ -82,7 +82,8 @@ class HttpWire:
         import httpx
 
         headers = {"authorization": f"Bearer {key}"} if key else {}
-        verify: Any = tls.context() if url.startswith("https") else False
+        # Without TLS a context that trusts nobody: reading the system's authorities takes longer than a request.
+        verify = tls.context() if urlsplit(url).scheme == "https" else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._errors = httpx.HTTPError
         self._timeout = httpx.TimeoutException
         self._client = httpx.Client(base_url=url, headers=headers, verify=verify, trust_env=False)
@@ -126,7 +127,7 @@ class WebSocketWire:
 
     def __init__(self, url: str, key: str | None, tls: TlsFiles) -> None:
         self._url, self._headers = url, {"Authorization": f"Bearer {key}"} if key else {}
-        self._context = tls.context() if url.startswith("wss") else None
+        self._context = tls.context() if urlsplit(url).scheme == "wss" else None
         self._socket: Any = None
         self._opened = contextlib.ExitStack()
         self._metadata: dict[str, Any] = {}

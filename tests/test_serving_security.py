@@ -155,8 +155,12 @@ def test_tls_and_client_certificates_hold_on_every_wire(tmp_path: Path):
                 RemotePolicy(url.replace("s://", "://"), timeout_s=1.0)
     with running(ServeConfig(policy=ODD, security=replace(security, client_ca=None))) as server:
         for url in (server.http, server.grpc, server.ws):
-            with RemotePolicy(url, ca=ca) as remote:
-                assert len(remote.act([odd_observation()])) == 1
+            scheme, _, address = url.partition("://")
+            for written in (url, f"{scheme.upper()}://{address}"):
+                with RemotePolicy(written, ca=ca) as remote:
+                    assert len(remote.act([odd_observation()])) == 1
+                with pytest.raises(OSError):  # the system's authorities have not signed it
+                    RemotePolicy(written, timeout_s=1.0)
 
 
 def test_bodies_are_measured_before_they_are_read(opened: Running):
