@@ -18,13 +18,12 @@ from serve.protocol import msgpack_numpy
 from serve.protocol.observations import DELAY, chunk_of, message_of
 from serve.protocol.refusal import Code, Refusal, parse_line
 from serve.protocol.requests import Description
-from serve.protocol.tensors import datatype_of, from_raw, to_raw
+from serve.protocol.tensors import JSON_LENGTH_HEADER, datatype_of, from_raw, to_raw
 from vla.interface import ActionChunk, Observation
 
 MAX_ANSWER_BYTES = 64 << 20
 HTTP_BATCH = 32  # observations in one HTTP request
 PIPELINED = 8  # unanswered WebSocket messages
-JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
 
 
 @dataclass(frozen=True)

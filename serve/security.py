@@ -11,7 +11,8 @@ from pathlib import Path
 
 import grpc
 
-KEY_VARIABLE = "REMASK_API_KEY"
+from serve.client import KEY_VARIABLE
+
 MIN_KEY_LENGTH = 16
 logger = logging.getLogger(__name__)
 

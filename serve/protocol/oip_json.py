@@ -15,9 +15,7 @@ from pydantic import ValidationError
 from serve.protocol.limits import Limits
 from serve.protocol.refusal import Code, Refusal
 from serve.protocol.schemas import InferRequestBody, first_error
-from serve.protocol.tensors import datatype_of, from_raw, from_values, to_raw, to_values
-
-JSON_LENGTH_HEADER = "Inference-Header-Content-Length"
+from serve.protocol.tensors import JSON_LENGTH_HEADER, datatype_of, from_raw, from_values, to_raw, to_values
 
 
 @dataclass(frozen=True)

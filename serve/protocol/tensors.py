@@ -24,6 +24,7 @@ NUMERIC = {
     "FP64": np.dtype("<f8"),
 }
 DATATYPES = (*NUMERIC, "BYTES")
+JSON_LENGTH_HEADER = "Inference-Header-Content-Length"  # of HTTP, where raw tensors follow the JSON: its bytes
 MAX_DIMENSIONS = 8
 MAX_ELEMENTS = 1 << 28
 
