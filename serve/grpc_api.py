@@ -1,6 +1,7 @@
 """gRPC: the Open Inference Protocol, the typed PolicyService, grpc.health.v1 and reflection, on one port."""
 
 import asyncio
+import contextlib
 import logging
 import time
 import traceback
@@ -11,7 +12,6 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1.health import aio as health
 from grpc_reflection.v1alpha import reflection
 
 from serve import grpc_wire
@@ -28,7 +28,8 @@ T = TypeVar("T")
 OIP_SERVICE = "inference.GRPCInferenceService"
 POLICY_SERVICE = "remask.policy.v1.PolicyService"
 SERVICES = (OIP_SERVICE, POLICY_SERVICE, "grpc.health.v1.Health")
-OPEN_SERVICES = ("/grpc.health.v1.Health/",)  # probes have no key
+OPEN_METHOD = "/grpc.health.v1.Health/Check"  # probes have no key
+WATCH_S = 0.1  # between looks at whether the models are ready
 logger = logging.getLogger(__name__)
 
 
@@ -41,10 +42,9 @@ class GrpcServer:
             options=_options(services.limits),
             maximum_concurrent_rpcs=services.limits.concurrency + services.limits.streams,
         )
-        self.health = health.HealthServicer()
         open_inference_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(InferenceService(services), self._server)
         policy_pb2_grpc.add_PolicyServiceServicer_to_server(PolicyService(services), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self.health, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(Health(services), self._server)
         reflection.enable_server_reflection((*SERVICES, reflection.SERVICE_NAME), self._server)
         try:
             if credentials is None:
@@ -56,12 +56,6 @@ class GrpcServer:
 
     async def start(self) -> None:
         await self._server.start()
-
-    async def set_ready(self, ready: bool) -> None:
-        """What health probes are told, for the server ("") and for each service."""
-        status = health_pb2.HealthCheckResponse.SERVING if ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", OIP_SERVICE, POLICY_SERVICE):
-            await self.health.set(name, status)
 
     async def stop(self, grace_s: float) -> None:
         """Refuse new calls, let the running ones end within the grace."""
@@ -147,6 +141,45 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
             await _abort(context, refusal)
 
 
+class Health(health_pb2_grpc.HealthServicer):
+    """grpc.health.v1, for the server ("") and for each service. `Watch` is a stream like any other: with a key, counted."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+
+    async def Check(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> health_pb2.HealthCheckResponse:
+        answer = self._answer(request.service)
+        if answer.status == health_pb2.HealthCheckResponse.SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND)
+        return answer
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """Each change, until the client leaves or the server drains."""
+        gate, last = self.services.gate, None
+        try:
+            with gate.stream("health"):
+                while True:
+                    answer = self._answer(request.service)
+                    if answer != last:
+                        yield answer
+                    last = answer
+                    if gate.draining:
+                        return
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(gate.closed.wait(), WATCH_S)
+        except Refusal as refusal:
+            await _abort(context, refusal)
+
+    def _answer(self, service: str) -> health_pb2.HealthCheckResponse:
+        if service not in ("", OIP_SERVICE, POLICY_SERVICE):
+            return health_pb2.HealthCheckResponse(status="SERVICE_UNKNOWN")
+        return health_pb2.HealthCheckResponse(status="NOT_SERVING" if self.services.not_ready else "SERVING")
+
+
 def deadline_of(context: grpc.aio.ServicerContext, limits: Limits) -> float:
     """The call's deadline on time.monotonic()'s clock; the server's default if it has none, never beyond its maximum."""
     remaining_s = context.time_remaining()
@@ -178,7 +211,7 @@ async def _abort(context: grpc.aio.ServicerContext, refusal: Refusal) -> None:
 class _Doorkeeper(grpc.aio.ServerInterceptor):
     """Turns calls without a key away before their message is read, and calls whose message is none.
 
-    Probes of grpc.health.v1 need no key. gRPC itself answers bytes that are no message with UNKNOWN and a log entry.
+    Probes (OPEN_METHOD) need no key. gRPC itself answers bytes that are no message with UNKNOWN and a log entry.
     """
 
     def __init__(self, keys: Keys) -> None:
@@ -196,7 +229,7 @@ class _Doorkeeper(grpc.aio.ServerInterceptor):
 
     async def intercept_service(self, continuation: Any, details: grpc.HandlerCallDetails) -> Any:
         given = dict(details.invocation_metadata or ()).get("authorization")
-        if self._keys.accept(given) or details.method.startswith(OPEN_SERVICES):
+        if self._keys.accept(given) or details.method == OPEN_METHOD:
             return _forgiving(await continuation(details))
         handler = await continuation(details)
         if handler is None or not (handler.request_streaming or handler.response_streaming):

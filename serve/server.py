@@ -102,7 +102,6 @@ class Server:
         )
         self._http: HttpServer | None = None
         self._grpc: GrpcServer | None = None
-        self._watching: asyncio.Task[None] | None = None
         self._swaps: set[asyncio.Task[None]] = set()
         self.port = self.grpc_port = 0
 
@@ -127,7 +126,6 @@ class Server:
             if config.grpc_port is not None:
                 host = f"[{config.host}]" if ":" in config.host else config.host
                 self._grpc = GrpcServer(self.services, f"{host}:{config.grpc_port}", grpc_credentials(config.security))
-                await self._grpc.set_ready(False)
                 await self._grpc.start()
                 self.grpc_port = self._grpc.port
             started = await asyncio.gather(*(backend.start() for backend in self._backends), return_exceptions=True)
@@ -137,17 +135,12 @@ class Server:
         except BaseException:
             await self.stop(grace_s=0.0)
             raise
-        self._watching = asyncio.ensure_future(self._tell_probes())
 
     async def stop(self, grace_s: float | None = None) -> None:
         """Drain: refuse what is new, finish what is in flight within the grace, then close."""
         grace_s = self.config.grace_s if grace_s is None else grace_s
         until = time.monotonic() + grace_s
         self.gate.close()
-        if self._watching is not None:
-            self._watching.cancel()
-        if self._grpc is not None:
-            await self._grpc.set_ready(False)
         if self._http is not None:
             self._http.stop_accepting()
         if not await self.gate.drained(grace_s):
@@ -219,18 +212,6 @@ class Server:
         task = asyncio.ensure_future(swap())
         self._swaps.add(task)
         task.add_done_callback(self._swaps.discard)
-
-    async def _tell_probes(self) -> None:
-        """Keep grpc.health.v1 and the `ready` gauge in step with the models."""
-        last: bool | None = None
-        while True:
-            ready = not self.services.not_ready
-            if ready != last:
-                self.metrics.ready.set(ready)
-                if self._grpc is not None:
-                    await self._grpc.set_ready(ready)
-                last = ready
-            await asyncio.sleep(0.1)
 
 
 def _version() -> str:

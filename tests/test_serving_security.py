@@ -1,5 +1,6 @@
 """Who is let in and what is too much: keys, TLS, client certificates, origins, sizes, slow and idle connections."""
 
+import asyncio
 import datetime
 import ipaddress
 import json
@@ -18,14 +19,16 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from websockets.exceptions import InvalidStatus
 
 from serve.client import RemotePolicy
+from serve.grpc_api import Health
 from serve.policy_batcher import PolicySource
 from serve.protocol import policy_pb2, policy_pb2_grpc
 from serve.protocol.limits import Limits
 from serve.security import SecurityConfig
-from serve.server import ServeConfig
+from serve.server import ServeConfig, Server
 from tests.odd_policy import odd_observation
 from tests.openpi_client import OpenpiClient
 from tests.serving import WEB, Running, running
@@ -87,6 +90,33 @@ def test_probes_and_the_page_need_no_key_and_nothing_else_is_open(keyed: Running
     unauthorised = WEB.get(f"{keyed.http}/metrics")
     assert unauthorised.headers["www-authenticate"] == "Bearer" and "Bearer KEY" in unauthorised.json()["error"]
     assert WEB.get(f"{keyed.http}/v1/models").json()["error"]["type"] == "authentication_error"
+
+
+def test_health_is_asked_without_a_key_and_watched_as_any_stream(keyed: Running):
+    request, key = health_pb2.HealthCheckRequest(), (("authorization", f"Bearer {KEY}"),)
+    with grpc.insecure_channel(keyed.grpc_address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        assert health.Check(request, timeout=10).status == health_pb2.HealthCheckResponse.SERVING
+        with pytest.raises(grpc.RpcError) as caught:
+            next(health.Watch(request, timeout=10))
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        watchers = [health.Watch(request, timeout=60, metadata=key) for _ in range(LIMITS.streams)]
+        assert [next(watcher).status for watcher in watchers] == LIMITS.streams * [health_pb2.HealthCheckResponse.SERVING]
+        with pytest.raises(grpc.RpcError) as caught:
+            next(health.Watch(request, timeout=10, metadata=key))
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def test_who_watches_health_does_not_hold_up_a_drain():
+    async def scenario() -> None:
+        server = Server(ServeConfig(policy=ODD))  # its policy is not loaded
+        watching = Health(server.services).Watch(health_pb2.HealthCheckRequest(), None)
+        assert (await anext(watching)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        server.gate.close()
+        async with asyncio.timeout(5):
+            assert [answer async for answer in watching] == []
+
+    asyncio.run(scenario())
 
 
 def test_a_page_of_another_site_can_neither_write_nor_take_our_name(opened: Running):
