@@ -55,14 +55,23 @@ class TensorProcess:
         self._waiting += 1
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                async with self._turn:
-                    return await asyncio.shield(asyncio.ensure_future(self._ask(tensors)))
+                await self._turn.acquire()
+                asking = asyncio.ensure_future(self._ask(tensors, deadline))
+                asking.add_done_callback(self._end_turn)  # whoever gives up leaves the worker busy, and the turn taken
+                return await asyncio.shield(asking)
         except TimeoutError:
             raise Refusal(Code.DEADLINE, "No answer within the deadline; give more time or send less.") from None
         finally:
             self._waiting -= 1
 
-    async def _ask(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def _end_turn(self, asking: asyncio.Task[dict[str, np.ndarray]]) -> None:
+        self._turn.release()
+        if not asking.cancelled():
+            asking.exception()  # seen, even if nobody waits for it any more
+
+    async def _ask(self, tensors: Mapping[str, np.ndarray], deadline: float) -> dict[str, np.ndarray]:
+        if deadline <= time.monotonic():
+            raise Refusal(Code.DEADLINE, "The deadline passed before the request was computed.")
         worker = self._keeper.worker
         if worker is None:
             raise Refusal(Code.UNAVAILABLE, f"The process of {self.name!r} is being restarted.")

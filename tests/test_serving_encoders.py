@@ -1,5 +1,7 @@
 """Encoders behind the Open Inference Protocol, over HTTP and gRPC: embeddings equal those made in this process."""
 
+import gc
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,10 +11,14 @@ import pytest
 
 from serve.image_encoder import PolicyTower, policy_tower
 from serve.protocol import open_inference_pb2 as oip_pb2
+from serve.protocol.refusal import Code, Refusal
 from serve.protocol.tensors import TensorSpec
 from serve.server import ServeConfig, Server
 from tests.serving import WEB, Running, running
 from tests.tiny_policy import observations, write_policy
+
+
+SLOW = -7.0  # takes a second to be refused
 
 
 class Doubler:
@@ -23,6 +29,8 @@ class Doubler:
     content_hash = "doubler"
 
     def infer(self, tensors):
+        if (tensors["x"] == SLOW).any():
+            time.sleep(1.0)
         if (tensors["x"] < 0).any():
             raise ValueError("x is negative")
         if (tensors["x"] > 1000).any():
@@ -106,6 +114,24 @@ def test_what_an_encoder_does_not_take_is_named(server: Running, inputs: list, b
         assert answer.json()["outputs"][0]["data"] == [2, 4]
     else:
         assert says in answer.json()["error"] and "secret" not in answer.json()["error"]
+
+
+def test_who_gives_up_leaves_its_turn_to_nobody_until_it_is_computed(server: Running, caplog):
+    """The worker goes on with it; what is sent meanwhile would pile up there, late and unseen."""
+    doubler = server.server.encoders["doubler"]
+
+    async def ask_for(x: float, timeout_s: float) -> np.ndarray:
+        return (await doubler.infer({"x": np.full((1, 2), x, np.float32)}, time.monotonic() + timeout_s))["y"]
+
+    for _ in range(5):
+        with pytest.raises(Refusal) as caught:
+            server.run(ask_for(SLOW, 0.1))
+        assert caught.value.code is Code.DEADLINE
+    began = time.monotonic()
+    assert server.run(ask_for(3.0, 30.0)).tolist() == [[6, 6]]
+    assert time.monotonic() - began < 2.0, "one of the five was computed"
+    gc.collect()
+    assert "never retrieved" not in caplog.text
 
 
 def test_an_encoder_cannot_take_the_policys_name():
