@@ -71,7 +71,8 @@ class ChatProcess:
 
     async def close(self) -> None:
         self._closing = True
-        self._fail(Refusal(Code.UNAVAILABLE, "The server is stopping."))
+        for rows in self._streams.values():
+            rows.put_nowait(Refusal(Code.UNAVAILABLE, "The server is stopping."))
         await self._keeper.close()
 
     @property
@@ -129,12 +130,10 @@ class ChatProcess:
         self._counted = {}
         self.metrics.set_model(self.name, self.checkpoint)
 
-    def _died(self, reason: str) -> None:
-        self._fail(Refusal(Code.UNAVAILABLE, reason))
-
-    def _fail(self, refusal: Refusal) -> None:
-        for rows in self._streams.values():
-            rows.put_nowait(refusal)
+    def _died(self, worker: WorkerProcess, reason: str) -> None:
+        for number, owner in self._owners.items():
+            if owner is worker:
+                self._streams[number].put_nowait(Refusal(Code.UNAVAILABLE, reason))
 
     def _take(self, message: dict[str, Any]) -> None:
         for row in message["events"]:

@@ -286,8 +286,9 @@ class PolicyBatcher:
         self.metrics.set_model("policy", self._description.checkpoint)
         self._arrival.set()
 
-    def _died(self, reason: str) -> None:
-        self._fail(Refusal(Code.UNAVAILABLE, reason))
+    def _died(self, worker: WorkerProcess, reason: str) -> None:
+        if self._keeper.worker is None:  # else another serves what waits
+            self._fail(Refusal(Code.UNAVAILABLE, reason))
 
     def _fail(self, refusal: Refusal) -> None:
         waiting, self._queue = list(self._queue), deque()

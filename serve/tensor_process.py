@@ -21,7 +21,7 @@ class TensorProcess:
 
     def __init__(self, name: str, source: EncoderSource, metrics: Metrics) -> None:
         self.name, self.source, self.metrics = name, source, metrics
-        self._keeper = WorkerKeeper(name, self._start_worker, metrics, took=self._took, died=lambda reason: None)
+        self._keeper = WorkerKeeper(name, self._start_worker, metrics, took=self._took, died=lambda worker, reason: None)
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._seconds = 0.0  # of a request, moving average

@@ -16,8 +16,8 @@ FIRST_PAUSE_S, MAX_PAUSE_S = 0.25, 30.0  # between attempts to start a worker th
 class WorkerKeeper:
     """`worker` is the one to talk to, or None while there is none.
 
-    start_worker: makes a warm one. took: called with each worker that comes into service. died: called with the reason when
-    the one in service ends unasked; whoever waits for it must be told then.
+    start_worker: makes a warm one. took: called with each worker that comes into service. died: called with each that ends,
+    in service or swapped out, and the reason; whoever waits for it must be told then. `worker` is another by then, or None.
     """
 
     def __init__(
@@ -27,12 +27,12 @@ class WorkerKeeper:
         metrics: Metrics,
         *,
         took: Callable[[WorkerProcess], None],
-        died: Callable[[str], None],
+        died: Callable[[WorkerProcess, str], None],
     ) -> None:
         self.name, self._start_worker, self._metrics, self._took, self._died = name, start_worker, metrics, took, died
         self.worker: WorkerProcess | None = None
         self._latest: WorkerProcess | None = None  # also while it is known to be dead
-        self._reviving: asyncio.Task[None] | None = None
+        self._watching: set[asyncio.Task[None]] = set()  # one task per worker
         self._starting = asyncio.Lock()
 
     async def start(self) -> None:
@@ -41,12 +41,12 @@ class WorkerKeeper:
             self._use(await self._start_worker())
         except WorkerDied as error:
             raise ValueError(f"{error} Its own words are above.") from error
-        self._reviving = asyncio.create_task(self._revive())
 
     async def close(self) -> None:
-        if self._reviving is not None:
-            self._reviving.cancel()
-            await asyncio.gather(self._reviving, return_exceptions=True)
+        watching = list(self._watching)
+        for task in watching:
+            task.cancel()
+        await asyncio.gather(*watching, return_exceptions=True)
         if self.worker is not None:
             await self.worker.close()
             self.worker = None
@@ -77,23 +77,26 @@ class WorkerKeeper:
 
     def _use(self, worker: WorkerProcess) -> None:
         self.worker = self._latest = worker
+        task = asyncio.create_task(self._watch(worker))
+        self._watching.add(task)
+        task.add_done_callback(self._watching.discard)
         self._took(worker)
 
-    async def _revive(self) -> None:
-        while True:
-            worker = self._latest
-            reason = await asyncio.shield(worker.died)
-            if worker is not self._latest:
-                continue  # it was swapped out
-            died = time.monotonic()
-            logger.error("%s: %s", self.name, reason)
-            self._metrics.restarts.labels(self.name).inc()
-            self.worker = None
-            self._died(f"{reason} It is being restarted.")
-            await self._start_again(worker)
-            seconds = time.monotonic() - died
-            self._metrics.recovery_seconds.labels(self.name).set(seconds)
-            logger.warning("%s: the worker is back after %.2f s", self.name, seconds)
+    async def _watch(self, worker: WorkerProcess) -> None:
+        """Until it ends and, if it was the one in service, another is."""
+        reason = await asyncio.shield(worker.died)
+        if worker is not self._latest:  # it was swapped out
+            self._died(worker, reason)
+            return
+        died = time.monotonic()
+        logger.error("%s: %s", self.name, reason)
+        self._metrics.restarts.labels(self.name).inc()
+        self.worker = None
+        self._died(worker, f"{reason} It is being restarted.")
+        await self._start_again(worker)
+        seconds = time.monotonic() - died
+        self._metrics.recovery_seconds.labels(self.name).set(seconds)
+        logger.warning("%s: the worker is back after %.2f s", self.name, seconds)
 
     async def _start_again(self, dead: WorkerProcess) -> None:
         pause_s = FIRST_PAUSE_S

@@ -17,6 +17,19 @@ START_SECONDS = 600  # importing torch takes minutes where ten jobs share two co
 WEB = httpx.Client(verify=False, trust_env=False, timeout=30.0)  # plain HTTP: reading the authorities takes longer than a test
 
 
+class FakeWorker:
+    """A serve.worker_process.WorkerProcess without a process; `died.set_result("why")` ends it. Made in a running loop."""
+
+    def __init__(self, **hello: Any) -> None:
+        self.hello, self.died = hello, asyncio.get_running_loop().create_future()
+
+    async def post(self, message: dict[str, Any]) -> None: ...
+
+    async def close(self) -> None:
+        if not self.died.done():
+            self.died.set_result("closed")
+
+
 @dataclass
 class Running:
     """A server that is ready."""

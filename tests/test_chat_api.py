@@ -1,5 +1,6 @@
 """OpenAI's API by OpenAI's client: answers equal the engine's in this process, streamed or whole; and the page's box."""
 
+import asyncio
 import base64
 import io
 import json
@@ -9,6 +10,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from unittest.mock import AsyncMock
 
 import numpy as np
 import openai
@@ -17,14 +19,18 @@ import pytest
 pytest.importorskip("serve.engine")
 
 from multimodal.sampling import SamplingConfig
-from serve.chat_process import ChatSource
+from serve.chat import ChatRequest
+from serve.chat_process import ChatProcess, ChatSource
 from serve.engine import Engine
+from serve.metrics import Metrics
 from serve.protocol.limits import Limits
+from serve.protocol.refusal import Refusal
 from serve.request import Finished, Request
 from serve.server import ServeConfig
+from serve.worker_process import WorkerProcess
 from tests.browser import Browser, find_browser
 from tests.chat_engine import CONTEXT, build
-from tests.serving import WEB, Running, running
+from tests.serving import WEB, FakeWorker, Running, running
 
 QUESTION = "how many bowls?"
 SOURCE = ChatSource(factory="tests.chat_engine:build", name="tiny")
@@ -276,6 +282,28 @@ def test_overload_is_a_retryable_error():
             assert all(int(error.response.headers["retry-after"]) >= 1 for error in refused)
         with openai.OpenAI(base_url=f"{server.http}/v1", api_key="x", max_retries=5, timeout=60) as patient:
             assert ask(patient, max_tokens=2).choices
+
+
+def test_an_answer_ends_with_the_process_it_comes_from(monkeypatch):
+    """Which a swap has put out of service meanwhile."""
+
+    async def scenario() -> None:
+        workers = [FakeWorker(checkpoint="old"), FakeWorker(checkpoint="new")]
+        monkeypatch.setattr(WorkerProcess, "start", AsyncMock(side_effect=workers))
+        chat = ChatProcess(SOURCE, "", Metrics())
+        await chat.start()
+        answer = asyncio.ensure_future(anext(chat.stream(ChatRequest((("user", QUESTION),)))))
+        await asyncio.sleep(0)
+        swap = asyncio.ensure_future(chat.swap())
+        while chat.checkpoint != "new":
+            await asyncio.sleep(0)
+        workers[0].died.set_result("killed by SIGKILL")
+        with pytest.raises(Refusal, match="SIGKILL"):
+            await asyncio.wait_for(answer, 5)
+        assert await swap == ("old", "new")
+        await chat.close()
+
+    asyncio.run(scenario())
 
 
 PROGRAM = find_browser()

@@ -14,7 +14,9 @@ from serve.policy_batcher import BatchConfig, PolicyBatcher, PolicySource
 from serve.protocol.limits import Limits
 from serve.protocol.refusal import Code, Refusal
 from serve.protocol.requests import ActRequest
+from serve.worker_keeper import WorkerKeeper
 from tests.odd_policy import chunk_of, odd_observation
+from tests.serving import FakeWorker
 
 ODD = PolicySource(factory="tests.odd_policy:OddPolicy")
 
@@ -231,6 +233,35 @@ def test_a_swap_drops_no_request_and_a_failed_one_changes_nothing(tmp_path: Path
         assert batcher.worker_pid == pid and batcher.description.checkpoint == "new"
 
     with_batcher(odd(delay_s=0.01), BatchConfig(), scenario)
+
+
+def test_every_workers_death_is_told_and_the_one_in_service_is_replaced():
+    """Also while another, swapped out, still ends its work."""
+
+    async def scenario() -> None:
+        told = []
+
+        async def start() -> FakeWorker:
+            await asyncio.sleep(0)  # others run meanwhile, as while a process starts
+            return FakeWorker()
+
+        keeper = WorkerKeeper(
+            "fake", start, Metrics(), took=lambda worker: None, died=lambda worker, reason: told.append((worker, keeper.worker))
+        )
+        await keeper.start()
+        old = await keeper.swap(lambda worker: None)
+        new = keeper.worker
+        new.died.set_result("died")
+        async with asyncio.timeout(5):
+            while keeper.worker in (new, None):
+                await asyncio.sleep(0)
+        third = keeper.worker
+        old.died.set_result("died")
+        await asyncio.sleep(0.01)
+        assert told == [(new, None), (old, third)] and keeper.worker is third
+        await keeper.close()
+
+    asyncio.run(scenario())
 
 
 def test_a_policy_that_cannot_be_loaded_is_one_error_with_its_own_words(tmp_path: Path):
