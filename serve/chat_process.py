@@ -83,10 +83,14 @@ class ChatProcess:
     def worker_pid(self) -> int | None:
         return None if self._keeper.worker is None else self._keeper.worker.pid
 
-    async def swap(self) -> tuple[str, str]:
-        """Serve what is at the configured paths now; (previous, new) content hash. Running answers end on the old model."""
+    async def load(self) -> WorkerProcess:
+        """What is at the configured paths now, for `swap`. Raises Refusal if it cannot be loaded."""
+        return await self._keeper.load()
+
+    async def swap(self, new: WorkerProcess) -> tuple[str, str]:
+        """Serve what was loaded, at once; (previous, new) content hash. Running answers end on the old model."""
         previous = self.checkpoint
-        old = await self._keeper.swap(lambda worker: None)
+        old = self._keeper.swap(new)
         if old is not None:
             while any(owner is old for owner in self._owners.values()):
                 await asyncio.sleep(0.02)

@@ -128,24 +128,29 @@ class PolicyBatcher:
         """A batch is with the worker."""
         return self._computing is not None
 
-    async def swap(self) -> tuple[str, str]:
-        """Read the checkpoint again and serve it once it is warm; (previous, new) content hash. No request is dropped.
+    async def load(self) -> WorkerProcess:
+        """The checkpoint as it is now, warm beside the one in service, for `swap`; two models are in memory then.
 
-        Two models are in memory for that time. Raises Refusal if the new one cannot be loaded or is of another robot; the
-        old one then goes on.
+        Raises Refusal if it cannot be loaded or is of another robot.
         """
-        previous = self._description
-
-        def check(worker: WorkerProcess) -> None:
-            new = Description.from_dict(worker.hello)
-            if (new.spec, new.action_horizon) != (previous.spec, previous.action_horizon):
+        new = await self._keeper.load()
+        try:
+            old, description = self._description, Description.from_dict(new.hello)
+            if (description.spec, description.action_horizon) != (old.spec, old.action_horizon):
                 raise Refusal(
                     Code.CONFLICT,
-                    f"The checkpoint at {self.source.path!r} drives another robot ({new.spec.name}, horizon "
-                    f"{new.action_horizon}); the old one goes on. Start another server for it.",
+                    f"The checkpoint at {self.source.path!r} drives another robot ({description.spec.name}, horizon "
+                    f"{description.action_horizon}); the old one goes on. Start another server for it.",
                 )
+        except BaseException:
+            await new.close()
+            raise
+        return new
 
-        old = await self._keeper.swap(check)
+    async def swap(self, new: WorkerProcess) -> tuple[str, str]:
+        """Serve what was loaded, at once; (previous, new) content hash. No request is dropped."""
+        previous = self._description
+        old = self._keeper.swap(new)
         if old is not None and old is not self._computing:
             await old.close()  # else `_compute` does, after its last batch
         return previous.checkpoint, self._description.checkpoint

@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import signal
 import time
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from serve.policy_batcher import BatchConfig, PolicyBatcher, PolicySource
 from serve.policy_worker import CHECKPOINT_FACTORY
 from serve.protocol import oip
 from serve.protocol.limits import Limits
-from serve.protocol.refusal import Refusal
+from serve.protocol.refusal import Code, Refusal
 from serve.security import Keys, SecurityConfig, check_binding, grpc_credentials, is_loopback, tls_context
 from serve.services import Services
 from serve.tensor_model import EncoderSource
@@ -103,6 +104,7 @@ class Server:
         self._http: HttpServer | None = None
         self._grpc: GrpcServer | None = None
         self._swaps: set[asyncio.Task[None]] = set()
+        self._swapping = asyncio.Lock()
         self.port = self.grpc_port = 0
 
     @property
@@ -196,9 +198,20 @@ class Server:
         return "\n".join(lines)
 
     async def _swap(self) -> tuple[str, str]:
-        """Every model's checkpoint is read again; the hashes before and after, joined where there are two models."""
-        swapped = [await backend.swap() for backend in self._backends]
-        previous, new = zip(*swapped, strict=True)
+        """Every model's checkpoint is read again; the hashes before and after, joined where there are two models.
+
+        Raises Refusal, with every old model in service, if a model is not ready or one cannot be loaded.
+        """
+        async with self._swapping, AsyncExitStack() as unused:
+            if self.services.not_ready:
+                raise Refusal(Code.UNAVAILABLE, f"No checkpoint was swapped: {self.services.not_ready}.")
+            loaded = []
+            for backend in self._backends:
+                loaded.append(await backend.load())
+                unused.push_async_callback(loaded[-1].close)
+            unused.pop_all()  # all are loaded: from here on they are used
+            swaps = (backend.swap(new) for backend, new in zip(self._backends, loaded, strict=True))
+            previous, new = zip(*await asyncio.gather(*swaps), strict=True)
         return "+".join(previous), "+".join(new)
 
     def _swap_soon(self) -> None:

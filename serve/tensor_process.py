@@ -38,10 +38,14 @@ class TensorProcess:
     def ready(self) -> bool:
         return self._keeper.worker is not None
 
-    async def swap(self) -> tuple[str, str]:
-        """Serve what the factory makes now; (previous, new) content hash."""
+    async def load(self) -> WorkerProcess:
+        """What the factory makes now, for `swap`. Raises Refusal if it cannot be loaded."""
+        return await self._keeper.load()
+
+    async def swap(self, new: WorkerProcess) -> tuple[str, str]:
+        """Serve what was loaded, at once; (previous, new) content hash."""
         previous = self.signature
-        old = await self._keeper.swap(lambda worker: None)
+        old = self._keeper.swap(new)
         async with self._turn:  # the old one's last request is done
             if old is not None:
                 await old.close()

@@ -33,7 +33,6 @@ class WorkerKeeper:
         self.worker: WorkerProcess | None = None
         self._latest: WorkerProcess | None = None  # also while it is known to be dead
         self._watching: set[asyncio.Task[None]] = set()  # one task per worker
-        self._starting = asyncio.Lock()
 
     async def start(self) -> None:
         """Raises ValueError or OSError saying why the model cannot be served."""
@@ -56,24 +55,18 @@ class WorkerKeeper:
         if worker is self.worker:
             self.worker = None
 
-    async def swap(self, check: Callable[[WorkerProcess], None]) -> WorkerProcess | None:
-        """Bring a new worker into service; the old one, which the caller lets finish its work and closes.
+    async def load(self) -> WorkerProcess:
+        """A new worker beside the one in service, for `swap`. Raises Refusal if it cannot be started."""
+        try:
+            return await self._start_worker()
+        except (ValueError, OSError, WorkerDied) as error:
+            raise Refusal(Code.CONFLICT, f"The checkpoint was not swapped, the old one goes on. {error}") from error
 
-        check(new): raises Refusal if it must not serve. Raises Refusal if it cannot be started; the old one then goes on.
-        """
-        async with self._starting:
-            try:
-                new = await self._start_worker()
-            except (ValueError, OSError, WorkerDied) as error:
-                raise Refusal(Code.CONFLICT, f"The checkpoint was not swapped, the old one goes on. {error}") from error
-            try:
-                check(new)
-            except Refusal:
-                await new.close()
-                raise
-            old = self.worker
-            self._use(new)
-            return old
+    def swap(self, new: WorkerProcess) -> WorkerProcess | None:
+        """Bring `new` into service; the old one, which the caller lets finish its work and closes."""
+        old = self.worker
+        self._use(new)
+        return old
 
     def _use(self, worker: WorkerProcess) -> None:
         self.worker = self._latest = worker
@@ -100,14 +93,15 @@ class WorkerKeeper:
 
     async def _start_again(self, dead: WorkerProcess) -> None:
         pause_s = FIRST_PAUSE_S
-        while True:
-            async with self._starting:
-                if self._latest is not dead:
-                    return  # a swap was faster
-                try:
-                    self._use(await self._start_worker())
-                    return
-                except (ValueError, OSError, WorkerDied) as error:
-                    logger.error("%s: %s Trying again in %.1f s.", self.name, error, pause_s)
-            await asyncio.sleep(pause_s)
-            pause_s = min(MAX_PAUSE_S, 2 * pause_s)
+        while self._latest is dead:
+            try:
+                new = await self._start_worker()
+            except (ValueError, OSError, WorkerDied) as error:
+                logger.error("%s: %s Trying again in %.1f s.", self.name, error, pause_s)
+                await asyncio.sleep(pause_s)
+                pause_s = min(MAX_PAUSE_S, 2 * pause_s)
+            else:
+                if self._latest is dead:
+                    self._use(new)
+                else:
+                    await new.close()  # a swap was faster

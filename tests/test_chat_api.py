@@ -294,9 +294,8 @@ def test_an_answer_ends_with_the_process_it_comes_from(monkeypatch):
         await chat.start()
         answer = asyncio.ensure_future(anext(chat.stream(ChatRequest((("user", QUESTION),)))))
         await asyncio.sleep(0)
-        swap = asyncio.ensure_future(chat.swap())
-        while chat.checkpoint != "new":
-            await asyncio.sleep(0)
+        swap = asyncio.ensure_future(chat.swap(await chat.load()))
+        await asyncio.sleep(0)
         workers[0].died.set_result("killed by SIGKILL")
         with pytest.raises(Refusal, match="SIGKILL"):
             await asyncio.wait_for(answer, 5)

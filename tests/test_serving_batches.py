@@ -219,13 +219,13 @@ def test_a_swap_drops_no_request_and_a_failed_one_changes_nothing(tmp_path: Path
         robots = [asyncio.ensure_future(robot()) for _ in range(4)]
         await asyncio.sleep(0.05)
         batcher.source = odd(delay_s=0.01, content_hash="new")
-        assert await batcher.swap() == ("odd", "new")
+        assert await batcher.swap(await batcher.load()) == ("odd", "new")
         await asyncio.sleep(0.1)
         pid = batcher.worker_pid
         bad.touch()
         batcher.source = odd(fail_file=str(bad))
         with pytest.raises(Refusal, match="is there") as caught:
-            await batcher.swap()
+            await batcher.load()
         assert caught.value.code is Code.CONFLICT
         stop = True
         await asyncio.gather(*robots)
@@ -249,8 +249,8 @@ def test_every_workers_death_is_told_and_the_one_in_service_is_replaced():
             "fake", start, Metrics(), took=lambda worker: None, died=lambda worker, reason: told.append((worker, keeper.worker))
         )
         await keeper.start()
-        old = await keeper.swap(lambda worker: None)
-        new = keeper.worker
+        new = await keeper.load()
+        old = keeper.swap(new)
         new.died.set_result("died")
         async with asyncio.timeout(5):
             while keeper.worker in (new, None):

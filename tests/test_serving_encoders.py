@@ -1,9 +1,11 @@
 """Encoders behind the Open Inference Protocol, over HTTP and gRPC: embeddings equal those made in this process."""
 
+import asyncio
 import gc
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import AsyncMock
 
 import grpc
 import numpy as np
@@ -14,7 +16,9 @@ from serve.protocol import open_inference_pb2 as oip_pb2
 from serve.protocol.refusal import Code, Refusal
 from serve.protocol.tensors import TensorSpec
 from serve.server import ServeConfig, Server
-from tests.serving import WEB, Running, running
+from serve.tensor_model import Signature
+from serve.worker_process import WorkerProcess
+from tests.serving import WEB, FakeWorker, Running, running
 from tests.tiny_policy import observations, write_policy
 
 
@@ -132,6 +136,29 @@ def test_who_gives_up_leaves_its_turn_to_nobody_until_it_is_computed(server: Run
     assert time.monotonic() - began < 2.0, "one of the five was computed"
     gc.collect()
     assert "never retrieved" not in caplog.text
+
+
+def test_a_swap_is_of_all_models_or_of_none(monkeypatch):
+    def fake(checkpoint: str) -> FakeWorker:
+        return FakeWorker(**Signature(Doubler.inputs, Doubler.outputs, checkpoint).to_dict())
+
+    async def scenario() -> None:
+        server = Server(ServeConfig(encoders={"one": {}, "two": {}}))
+        started = [fake("a"), fake("b"), fake("c"), ValueError("no weights"), fake("d"), fake("e")]
+        monkeypatch.setattr(WorkerProcess, "start", AsyncMock(side_effect=started))
+        with pytest.raises(Refusal, match="being loaded") as caught:
+            await server.services.swap()
+        assert caught.value.code is Code.UNAVAILABLE and not WorkerProcess.start.called
+        for encoder in server.encoders.values():
+            await encoder.start()
+        with pytest.raises(Refusal, match="no weights") as caught:
+            await server.services.swap()
+        assert caught.value.code is Code.CONFLICT and started[2].died.result() == "closed"
+        assert [encoder.signature.checkpoint for encoder in server.encoders.values()] == ["a", "b"]
+        assert await server.services.swap() == ("a+b", "d+e")
+        await server.stop(grace_s=0.0)
+
+    asyncio.run(scenario())
 
 
 def test_an_encoder_cannot_take_the_policys_name():
