@@ -242,6 +242,7 @@ def test_every_workers_death_is_told_and_the_one_in_service_is_replaced():
         told = []
 
         async def start() -> FakeWorker:
+            await asyncio.sleep(0)  # others run meanwhile, as while a process starts
             return FakeWorker()
 
         keeper = WorkerKeeper(

@@ -278,6 +278,7 @@ def test_a_failure_is_counted_under_its_route(opened: Running, monkeypatch):
 
     monkeypatch.setattr(opened.server.services, "swap", fail)
     assert WEB.post(f"{opened.http}/admin/reload").status_code == 500
+    assert opened.run(opened.server.gate.drained(5.0))  # it is counted after its answer
     labels = {"protocol": "http", "method": "POST /admin/reload", "code": "500"}
     assert opened.server.metrics.registry.get_sample_value("remask_requests_total", labels) == 1
 
