@@ -75,7 +75,7 @@ class DaggerConfig:
 
     @property
     def step_limit(self) -> int:
-        return self.max_steps or get_suite(self.suite).max_steps["openpi"]
+        return get_suite(self.suite).max_steps["openpi"] if self.max_steps is None else self.max_steps
 
     def mixing_of(self, number: int) -> float:
         """Probability that the expert acts in round `number`, counted from 1."""
@@ -143,9 +143,12 @@ def check(config: DaggerConfig) -> None:
     unknown = [task for task in config.task_list if not 0 <= task < count]
     if unknown or not config.task_list:
         raise ValueError(f"Suite {config.suite!r} has no tasks {unknown}; allowed: 0 to {count - 1}.")
-    for name, low, high in (("mixing", 0, 1), ("decay", 0, 1), ("rounds", 1, 1000), ("episodes", 1, ROUND_STARTS)):
-        if not low <= getattr(config, name) <= high:
-            raise ValueError(f"{name} is {getattr(config, name)}; allowed: {low} to {high}.")
+    allowed = {"mixing": (0, 1), "decay": (0, 1), "rounds": (1, 1000), "episodes": (1, ROUND_STARTS)}
+    allowed |= {"execution_horizon": (1, 1000), "max_steps": (1, 100_000)}
+    for name, (low, high) in allowed.items():
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            raise ValueError(f"{name} is {value}; allowed: {low} to {high}.")
     check_mesh_detail(config.mesh_detail)
     if not config.policy or not config.dataset:
         raise ValueError("Which policy, trained on what? Give --policy=RUN/checkpoints/last/policy --dataset='[DATA]'.")
