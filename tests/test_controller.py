@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from serve.controller import AdaptiveConfig, AdaptiveController, Calibration, CostTable, Drafting, Round
-from serve.costs import build_controller, measure_target
+from serve.costs import build_controller, measure_costs
 from serve.drafters import OracleDrafter, RandomDrafter
 from serve.engine import Engine, EngineConfig
 from serve.tree import DraftTree, chain, root_only
@@ -174,4 +174,4 @@ def test_costs_are_measured_before_requests_only():
     engine.submit(request(0))
     engine.step()
     with pytest.raises(ValueError, match="Slot 0"):
-        measure_target(engine.runner, 8)
+        measure_costs(engine.runner, None, 8)

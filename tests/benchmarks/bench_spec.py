@@ -2,9 +2,9 @@
 beside it.
 
 Runs are interleaved (each repetition times every variant once), medians of paired ratios are quoted, answers are compared in
-the same runs. `predicted` is the speed-up that the cost tables, measured before any request, and what a round of the warm-up
-took beside its passes (the draft's reading of prompts included) give for the rounds that were run; a claim above what they
-allow would be a bug. Decoding is all but the target's prefill, so the draft's reading is part of it. The corpus is easy to
+the same runs. `predicted` is the speed-up that the cost tables, measured by themselves after every repetition, and what a round of the
+warm-up took beside its passes (the draft's reading of prompts included) give for the rounds that were run; a claim above what
+they allow would be a bug. Decoding is all but the target's prefill, so the draft's reading is part of it. The corpus is easy to
 guess: its bits per token stand under the table, and so do the goals and whether they were reached. The visual compressor has
 its own table: `vla bench compressor`.
 """
@@ -26,7 +26,7 @@ from multimodal.sampling import SamplingConfig
 from serve.controller import (
     AdaptiveConfig, AdaptiveController, Controller, CostTable, Drafting, FixedController, Round, describe
 )  # fmt: skip
-from serve.costs import measure_draft, measure_target
+from serve.costs import measure_costs
 from serve.draft_checkpoint import load_draft
 from serve.draft_data import CorpusDialogues
 from serve.drafters import Drafter, DraftLimits, NgramDrafter, OracleDrafter, RandomDrafter
@@ -53,7 +53,8 @@ COLUMNS = (
 # At batch 1 and T = 0: the trained draft against the fastest plain decoding, and against the n-gram drafter.
 GOALS = {"decode x": 2.0, "end to end x": 1.6, "decode against n-gram x": 1.15}
 AGREEMENT = 0.10  # predicted and measured speed-up
-REPETITIONS = 15  # of each entry of the cost tables
+REPETITIONS = 5  # of each entry of the cost tables, which are measured again beside every repetition of the runs
+CANDIDATES = 6  # questions tried for each prompt that is wanted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--draft", type=Path, required=True, help="checkpoint folder of `vla train-draft`")
     arguments.add_argument("--corpus", type=Path, required=True)
     arguments.add_argument("--prompts", type=int, default=12)
-    arguments.add_argument("--least-tokens", type=int, default=100, help="of the corpus's own answer to a prompt")
+    arguments.add_argument("--least-tokens", type=int, default=100, help="of the target's greedy answer to a prompt")
     arguments.add_argument("--max-tokens", type=int, default=160)
     arguments.add_argument("--ignore-end", action="store_true", help="every answer has max-tokens tokens")
     arguments.add_argument("--batches", type=int, nargs="+", default=[1, 4])
@@ -115,6 +116,7 @@ class Variant:
     name: str
     engine: Engine
     log: "Recorder"
+    past: int = 0  # positions at the middle of an answer
     seconds: list[float] = field(default_factory=list)  # of whole runs
     decode: list[float] = field(default_factory=list)
     answers: list[tuple[int, ...]] = field(default_factory=list)
@@ -152,9 +154,23 @@ class Recorder:
 
 
 def questions(options: argparse.Namespace, target: Target) -> list[Request]:
+    """Held-out questions that the target itself answers, greedily, in `least_tokens` or more: the corpus's answer may be longer."""
     corpus = CorpusDialogues(options.corpus, "held_out", target)
-    found = corpus.questions(options.prompts, least_tokens=options.least_tokens, max_tokens=options.max_tokens)
-    return [replace(request, ignore_eos=options.ignore_end) for request in found]
+    found = corpus.questions(CANDIDATES * options.prompts, least_tokens=options.least_tokens, max_tokens=options.max_tokens)
+    found = [replace(request, ignore_eos=options.ignore_end) for request in found]
+    answers = plain_engine(target, found, batch=8).run(found)
+    long = [request for request, answer in zip(found, answers, strict=True) if len(answer.token_ids) >= options.least_tokens]
+    if len(long) < options.prompts:
+        raise ValueError(
+            f"The target answers {len(long)} of {len(found)} questions in {options.least_tokens} tokens or more, {options.prompts} "
+            "are wanted; lower --prompts or --least-tokens, or give --ignore-end."
+        )
+    return long[: options.prompts]
+
+
+def plain_engine(target: Target, asked: Sequence[Request], batch: int) -> Engine:
+    config = EngineConfig(max_batch=batch, context=context_for(asked, target), max_nodes=64)
+    return Engine(target, config, None, FixedController(DraftLimits(0, 0, 0)))
 
 
 def measure(options: argparse.Namespace) -> tuple[list[list], dict]:
@@ -162,20 +178,23 @@ def measure(options: argparse.Namespace) -> tuple[list[list], dict]:
     for batch in options.batches:
         for temperature in options.temperatures:
             variants: list[Variant] = []
+            measured: dict[str, list[Costs]] = {kind: [] for kind in options.types}
             for kind in options.types:
                 target = load_target(options.vlm, dtype=DTYPES[kind], device=options.device)
                 asked = with_temperature(questions(options, target), temperature)
                 variants += build_variants(options, kind, target, asked, batch)
-            tables = {kind: costs(variants, kind) for kind in options.types}
-            facts[f"batch {batch}, T {temperature}"] = {kind: table.record() for kind, table in tables.items()}
-            for kind, table in tables.items():
-                print(f"batch {batch}, T {temperature}, {kind}: {json.dumps(table.record())}")
             for repetition in range(options.repetitions + 1):
                 shown = f"\rbatch {batch}, T {temperature}: repetition {repetition} of {options.repetitions}, "
                 for variant in variants:
                     print(f"{shown}{variant.kind} {variant.name:<20}", end="", flush=True)
                     run(variant, asked, keep=repetition > 0)
+                for kind, found in measured.items():
+                    found.append(costs(variants, kind))
             print()
+            tables = {kind: median_costs(found) for kind, found in measured.items()}
+            facts[f"batch {batch}, T {temperature}"] = {kind: table.record() for kind, table in tables.items()}
+            for kind, table in tables.items():
+                print(f"batch {batch}, T {temperature}, {kind}: {json.dumps(table.record())}")
             rows += [row(variant, variants, tables, batch, temperature) for variant in variants]
     return rows, {"costs": facts}
 
@@ -213,12 +232,12 @@ def build_variants(
         "oracle": lambda: known,
         "random": lambda: RandomDrafter(target.vlm.config.vocab_size),
     }
-    table = measure_target(plain.engine.runner, past, repetitions=REPETITIONS)
     overhead = plain_overhead(plain)
     for name, make in makers.items():
         drafter = make()
-        controller = AdaptiveController(table, measure_draft(drafter, past, repetitions=REPETITIONS), overhead, adaptive)
-        variants.append(Variant(kind, name, *engine(drafter, controller)))
+        tables = measure_costs(plain.engine.runner, drafter, past, repetitions=REPETITIONS)
+        controller = AdaptiveController(*tables, overhead, adaptive)
+        variants.append(Variant(kind, name, *engine(drafter, controller), past))
     for name, limits in TREES.items():
         drafter = eagle(limits.width, limits.max_depth)
         variants.append(Variant(kind, f"eagle, {name}", *engine(drafter, FixedController(limits))))
@@ -256,9 +275,17 @@ class Costs:
 
 
 def costs(variants: Sequence[Variant], kind: str) -> Costs:
-    eagle = next(variant for variant in variants if (variant.kind, variant.name) == (kind, "eagle"))
-    controller: AdaptiveController = eagle.log.inner
-    return Costs(controller.target, controller.draft, controller.overhead)
+    """Measured now, every engine being idle: what other jobs of the machine do changes within minutes."""
+    plain, eagle = (next(each for each in variants if (each.kind, each.name) == (kind, name)) for name in ("plain", "eagle"))
+    found = measure_costs(plain.engine.runner, eagle.engine.drafter, eagle.past, repetitions=REPETITIONS)
+    return Costs(*found, eagle.log.inner.overhead)
+
+
+def median_costs(found: Sequence[Costs]) -> Costs:
+    def median(tables: Sequence[CostTable]) -> CostTable:
+        return CostTable(tables[0].rows, tuple(map(statistics.median, zip(*(table.seconds for table in tables), strict=True))))
+
+    return Costs(median([each.target for each in found]), median([each.draft for each in found]), found[0].overhead)
 
 
 def run(variant: Variant, asked: Sequence[Request], keep: bool) -> None:
