@@ -90,7 +90,7 @@ def test_arms_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.Monk
     options = argparse.Namespace(dataset="D", tasks="", minutes=1, suite="libero_object", concurrent=2)
     rows = compared.compare_arms(found, tmp_path, options)
     base, worse = (dict(zip(compared.COLUMNS, row[1:], strict=True)) for row in rows)
-    assert (base["difference"], base["low"], base["high"], base["p"]) == (0.0, 0.0, 0.0, 1.0)
+    assert [base[name] for name in ("difference", "low", "high", "p")] == [None] * 4
     assert worse["difference"] == -50.0 and worse["low"] < -50 < worse["high"] < 0 and worse["p"] == pytest.approx(2 / 2**5)
     assert (worse["n"], worse["ms per chunk"], worse["steps trained"], worse["held-out error"]) == (10, 24.0, 9, 0.5)
 
@@ -150,7 +150,7 @@ def test_a_study_is_paired_and_resumes(tmp_path: Path, point_policies, capsys):
     variants = {"base": base, "same": base, "loud": replace(base, policy=PolicySource(path="loud"))}
     found = studies.evaluate_variants(variants, tmp_path)
     rows = {row[0]: dict(zip(studies.COLUMNS, row[1:], strict=True)) for row in studies.study_rows(found, "base")}
-    assert rows["base"]["difference"] == rows["same"]["difference"] == 0.0 and rows["same"]["p"] == 1.0
+    assert rows["base"]["difference"] is None and rows["same"]["difference"] == 0.0 and rows["same"]["p"] == 1.0
     assert rows["loud"]["difference"] < 0 and rows["loud"]["n"] == 12
     assert studies.evaluate_variants(variants, tmp_path) == found, "a second call runs nothing"
 

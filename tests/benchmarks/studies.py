@@ -49,19 +49,20 @@ def evaluate_variants(variants: Mapping[str, EvaluateConfig], root: Path) -> dic
 
 
 def study_rows(found: Mapping[str, list[EpisodeRow]], base: str) -> list[list]:
-    """[name, *COLUMNS] of each variant; difference in points to `base` on the starts that both finished."""
+    """[name, *COLUMNS] of each variant; difference in points to `base` on the starts that both finished, none of its own."""
     rows = []
     for name, episodes in found.items():
         count = tally(episodes)
         if not count.episodes:
             rows.append([name, *[None] * 3, 0, count.errors, *[None] * 6])
             continue
-        against = compare(pair_episodes(found[base], episodes))
         valid = [row for row in episodes if row.error is None]
-        low, high = against.interval
+        difference: list[float | None] = [None] * 4
+        if name != base:
+            against = compare(pair_episodes(found[base], episodes))
+            difference = [*(100 * value for value in (against.difference, *against.interval)), against.p_value]
         rows.append([
-            name, 100 * count.rate, 100 * count.interval[0], 100 * count.interval[1], count.episodes, count.errors,
-            100 * against.difference, 100 * low, 100 * high, against.p_value,
+            name, 100 * count.rate, 100 * count.interval[0], 100 * count.interval[1], count.episodes, count.errors, *difference,
             mean(row.rounds for row in valid), mean(row.jerk for row in valid),
         ])  # fmt: skip
     return rows
