@@ -81,7 +81,7 @@ def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], out
 
     table = Table(title=name, *columns)
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
+        table.add_row(*("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
     console = Console()
     (console if console.is_terminal else Console(width=240)).print(table)
     path = output or Path("outputs") / "bench" / f"{name}.json"
