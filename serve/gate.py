@@ -13,10 +13,10 @@ from serve.protocol.refusal import Code, Refusal
 
 @dataclass
 class Record:
-    """What will be counted of a request; its handler writes the code."""
+    """What will be counted of a request."""
 
     method: str
-    code: str = "OK"
+    code: str = ""  # written by a handler that has codes of its own; else OK if it returns, INTERNAL if it does not
 
 
 class Gate:
@@ -50,19 +50,17 @@ class Gate:
             self._enter(1)
             with self.metrics.in_flight.labels(protocol).track_inprogress():
                 yield record
+            record.code = record.code or "OK"
         except Refusal as refusal:
             record.code = _name(protocol, refusal.code)
             raise
         except asyncio.CancelledError:
             record.code = "CANCELLED"
             raise
-        except Exception:  # only counted here; who answers it logs it
-            record.code = _name(protocol, Code.INTERNAL)
-            raise
         finally:
             if admitted:
                 self._enter(-1)
-            self.metrics.requests.labels(protocol, record.method, record.code).inc()
+            self.metrics.requests.labels(protocol, record.method, record.code or _name(protocol, Code.INTERNAL)).inc()
             self.metrics.request_seconds.labels(protocol, record.method).observe(time.perf_counter() - began)
 
     @contextmanager

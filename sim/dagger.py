@@ -27,6 +27,7 @@ from sim import correction, demonstration, packing
 from sim.correction import CorrectionJob, CorrectionSettings
 from sim.environment import Environment
 from sim.evaluate import EvaluateConfig, check_robot, evaluate
+from sim.evaluate import check as check_evaluation
 from sim.experts.programs import build_expert
 from sim.folder_lock import locked
 from sim.job_queue import ErrorCount, JobQueue
@@ -139,16 +140,10 @@ def dagger(
 
 def check(config: DaggerConfig) -> None:
     """Raise ValueError on settings that cannot be run."""
-    count = get_suite(config.suite).num_tasks
-    unknown = [task for task in config.task_list if not 0 <= task < count]
-    if unknown or not config.task_list:
-        raise ValueError(f"Suite {config.suite!r} has no tasks {unknown}; allowed: 0 to {count - 1}.")
-    allowed = {"mixing": (0, 1), "decay": (0, 1), "rounds": (1, 1000), "episodes": (1, ROUND_STARTS)}
-    allowed |= {"execution_horizon": (1, 1000), "max_steps": (1, 100_000)}
-    for name, (low, high) in allowed.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            raise ValueError(f"{name} is {value}; allowed: {low} to {high}.")
+    check_evaluation(evaluation_config(config, 0, ""))
+    for name, low, high in (("mixing", 0, 1), ("decay", 0, 1), ("rounds", 1, 1000), ("episodes", 1, ROUND_STARTS)):
+        if not low <= getattr(config, name) <= high:
+            raise ValueError(f"{name} is {getattr(config, name)}; allowed: {low} to {high}.")
     check_mesh_detail(config.mesh_detail)
     if not config.policy or not config.dataset:
         raise ValueError("Which policy, trained on what? Give --policy=RUN/checkpoints/last/policy --dataset='[DATA]'.")

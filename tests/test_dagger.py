@@ -157,7 +157,7 @@ def test_another_run_s_folder_is_refused_and_so_are_impossible_settings(tmp_path
         go(settings(tmp_path, mixing=0.1), Trainings())
     with pytest.raises(ValueError, match="mixing is 1.5; allowed: 0 to 1"):
         go(settings(tmp_path, mixing=1.5), Trainings())
-    with pytest.raises(ValueError, match="max_steps is 0; allowed: 1 to"):
+    with pytest.raises(ValueError, match="max_steps is 0; it must be at least 1"):
         go(settings(tmp_path, max_steps=0), Trainings())
     with pytest.raises(ValueError, match="--policy"):
         go(settings(tmp_path, policy=""), Trainings())

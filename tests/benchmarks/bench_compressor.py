@@ -132,8 +132,8 @@ def run_name(path: Path) -> str:
     return folder.parents[2].name if folder.parent.parent.name == "checkpoints" else folder.name
 
 
-def plain_engine(target: Target, asked: Sequence[Request]) -> Engine:
-    config = EngineConfig(max_batch=1, context=context_for(asked, target))
+def plain_engine(target: Target, asked: Sequence[Request], batch: int = 1) -> Engine:
+    config = EngineConfig(max_batch=batch, context=context_for(asked, target))
     return Engine(target, config, None, FixedController(DraftLimits(0, 0, 0)))
 
 

@@ -38,6 +38,7 @@ from serve.request import Request
 from serve.target import Target, load_target
 from serve.train_draft import context_for
 from serve.tree import DraftTree
+from tests.benchmarks.bench_compressor import plain_engine
 from tests.benchmarks.harness import median_ratio, parser, quiet_machine, report
 
 TREES = {
@@ -153,8 +154,9 @@ class Recorder:
         self.inner.release(request_id)
 
 
-def questions(options: argparse.Namespace, target: Target) -> list[Request]:
+def questions(options: argparse.Namespace) -> list[Request]:
     """Held-out questions that the target itself answers, greedily, in `least_tokens` or more: the corpus's answer may be longer."""
+    target = load_target(options.vlm, dtype=DTYPES[options.types[0]], device=options.device)
     corpus = CorpusDialogues(options.corpus, "held_out", target)
     found = corpus.questions(CANDIDATES * options.prompts, least_tokens=options.least_tokens, max_tokens=options.max_tokens)
     found = [replace(request, ignore_eos=options.ignore_end) for request in found]
@@ -168,20 +170,14 @@ def questions(options: argparse.Namespace, target: Target) -> list[Request]:
     return long[: options.prompts]
 
 
-def plain_engine(target: Target, asked: Sequence[Request], batch: int) -> Engine:
-    config = EngineConfig(max_batch=batch, context=context_for(asked, target), max_nodes=64)
-    return Engine(target, config, None, FixedController(DraftLimits(0, 0, 0)))
-
-
 def measure(options: argparse.Namespace) -> tuple[list[list], dict]:
-    rows, facts = [], {}
+    rows, facts, chosen = [], {}, questions(options)
     for batch in options.batches:
         for temperature in options.temperatures:
-            variants: list[Variant] = []
+            asked, variants = with_temperature(chosen, temperature), list[Variant]()
             measured: dict[str, list[Costs]] = {kind: [] for kind in options.types}
             for kind in options.types:
                 target = load_target(options.vlm, dtype=DTYPES[kind], device=options.device)
-                asked = with_temperature(questions(options, target), temperature)
                 variants += build_variants(options, kind, target, asked, batch)
             for repetition in range(options.repetitions + 1):
                 shown = f"\rbatch {batch}, T {temperature}: repetition {repetition} of {options.repetitions}, "
