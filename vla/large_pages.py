@@ -1,7 +1,7 @@
 """Huge memory pages, and memory that stays, for processes that train.
 
 A training step on the CPU walks through gigabytes of activations. In pages of 4 KB, handed back and fetched anew in every step,
-translating addresses took half of it on a virtual machine (docs/results.md, Speed). glibc can do better from 2.35 on, but only
+translating addresses took a seventh to a half of it on a virtual machine (docs/results.md, Speed). glibc can do better from 2.35 on, but only
 for a process that is told so before it starts: hence a restart, once, before anything is imported.
 """
 
