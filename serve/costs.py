@@ -14,7 +14,7 @@ TARGET_ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
 DRAFT_ROWS = (1, 2, 4, 8, 16)
 STATELESS_SECONDS = 2e-4  # of a drafter without a model: a search in a list; corrected by what rounds really take
 PLAIN_OVERHEAD = 3e-4  # of a round beside its passes, before anything is measured
-LEVELS = 4  # drafted before a verification
+LEVELS, WIDTH, ROWS = 4, 2, 16  # levels drafted and nodes of each, rows verified, before what is measured
 
 
 @torch.inference_mode()
@@ -41,13 +41,13 @@ def measure_costs(runner: Runner, drafter: Drafter | None, past: int, repetition
 
     def verify_in_turn(count: int) -> float:
         if count > 1 and model is not None:
-            draft(DRAFT_ROWS[1])
+            draft(WIDTH)
         else:
             verify(count)
         return verify(count)
 
     def draft_in_turn(count: int) -> float:
-        verify(DRAFT_ROWS[-1])
+        verify(ROWS)
         return draft(count)
 
     rows = [count for count in TARGET_ROWS if past + count <= runner.cache.capacity]
