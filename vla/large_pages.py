@@ -29,7 +29,12 @@ def restart_with_large_pages() -> None:
     REMASK_LARGE_PAGES=0 keeps a process as it is, so does a GLIBC_TUNABLES of the user's own.
     """
     if is_wanted():
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {"GLIBC_TUNABLES": TUNABLES})
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment())
+
+
+def environment() -> dict[str, str]:
+    """What a process that computes for long is started with: this one's environment, with TUNABLES where they help."""
+    return dict(os.environ) | ({"GLIBC_TUNABLES": TUNABLES} if is_wanted() else {})
 
 
 def is_wanted() -> bool:

@@ -19,6 +19,7 @@ from sim.results import differences
 from tests.benchmarks.harness import parser, report
 from vla.cli import resolve
 from vla.home import remask_home
+from vla.large_pages import environment
 
 PLACEMENTS = ("frozen", "head", "adapters", "head+adapters")
 # settings that all arms of a table share
@@ -113,7 +114,7 @@ def run_all(arms: Sequence[Arm], argv: list[str], root: Path, concurrent: int) -
     for first in range(0, len(waiting), concurrent):
         group = waiting[first : first + concurrent]
         command = [sys.executable, "-m", "tests.benchmarks.bench_calibration", *argv, "--root", str(root)]
-        running = [(arm, subprocess.Popen([*command, "--arm", json.dumps(vars(arm))])) for arm in group]
+        running = [(arm, subprocess.Popen([*command, "--arm", json.dumps(vars(arm))], env=environment())) for arm in group]
         failed = [arm.name for arm, process in running if process.wait() != 0]
         if failed:
             raise ChildProcessError(f"{failed} failed; see the output above. Finished arms are in {root}.")
