@@ -12,8 +12,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from sim.results import differences
 from tests.benchmarks.harness import parser, report
@@ -111,14 +114,22 @@ def check_root(root: Path, options: argparse.Namespace) -> None:
 def run_all(arms: Sequence[Arm], argv: list[str], root: Path, concurrent: int) -> None:
     """Every arm that has no row yet, `concurrent` at a time. Raises ChildProcessError if one fails."""
     waiting = [arm for arm in arms if not (root / f"{arm.name}.json").exists()]
-    for first in range(0, len(waiting), concurrent):
-        group = waiting[first : first + concurrent]
-        command = [sys.executable, "-m", "tests.benchmarks.bench_calibration", *argv, "--root", str(root)]
-        running = [(arm, subprocess.Popen([*command, "--arm", json.dumps(vars(arm))], env=environment())) for arm in group]
-        failed = [arm.name for arm, process in running if process.wait() != 0]
-        if failed:
-            raise ChildProcessError(f"{failed} failed; see the output above. Finished arms are in {root}.")
-        print(f"{min(first + concurrent, len(waiting))} of {len(waiting)} arms", flush=True)
+    command = [sys.executable, "-m", "tests.benchmarks.bench_calibration", *argv, "--root", str(root)]
+
+    def run_one(arm: Arm) -> str:
+        """Its name if it failed, else nothing."""
+        code = subprocess.run([*command, "--arm", json.dumps(vars(arm))], env=environment(), check=False).returncode
+        print(f"{arm.name}: {'done' if code == 0 else 'FAILED'}", flush=True)
+        return arm.name if code else ""
+
+    with ThreadPoolExecutor(concurrent) as pool:
+        try:
+            failed = [name for name in tqdm(pool.map(run_one, waiting), total=len(waiting), desc="arms") if name]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)  # else each waiting arm would still be started
+            raise
+    if failed:
+        raise ChildProcessError(f"{failed} failed; see the output above. Finished arms are in {root}.")
 
 
 def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
