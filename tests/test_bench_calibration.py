@@ -50,6 +50,17 @@ def test_a_row_is_what_its_arm_measured(tmp_path: Path) -> None:
         assert row["95 % low"] <= row["AutoAttack %"] <= row["95 % high"] and row["worst case %"] <= row["AutoAttack %"] <= row["clean %"]
 
 
+def test_an_arm_stopped_while_it_judged_says_how_long_it_trained_and_one_stopped_before_a_checkpoint_begins_anew(tmp_path: Path) -> None:
+    arm = Arm("heat", "head", "ce")
+    (tmp_path / "runs" / arm.name / "checkpoints").mkdir(parents=True)  # stopped while it wrote the first one
+    seconds = []
+    for _ in range(2):
+        run_arm(arm, options(), tmp_path)
+        seconds.append(json.loads((tmp_path / f"{arm.name}.json").read_text())["seconds"])
+        (tmp_path / f"{arm.name}.json").unlink()
+    assert seconds[0] == seconds[1] > 0
+
+
 def test_the_split_that_judges_is_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And what AutoAttack warns of stands in the row."""
     task, judged = build_task(), []

@@ -135,6 +135,7 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
     from multimodal.bind.task import count_weights, trunk_of
     from multimodal.bind.train_calibration import TrainCalibrationConfig, calibrate, task_weights
     from multimodal.schedule import TrainingConfig
+    from multimodal.training_state import last_checkpoint, read_position
 
     torch.set_num_threads(options.threads)
     task = resolve(options.task)(**options.task_options)
@@ -151,11 +152,12 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
         config = TrainCalibrationConfig(
             modality=arm.modality, placement=placement, objective=objective, training=training,
             partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(epsilon=options.epsilon),
-            resume=(folder / "checkpoints").exists(),
+            resume=last_checkpoint(folder) is not None,
         )  # fmt: skip
-        began = time.perf_counter()
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
-        seconds, trainable, encoder = time.perf_counter() - began, calibrated.num_trainable, calibrated.merged()
+        trainable, encoder = calibrated.num_trainable, calibrated.merged()
+        # the run's own clock: an arm that was stopped while it judged does not train again
+        seconds = read_position(last_checkpoint(folder) / "training_state").elapsed
     model, original = (Classifier(each, task.centers).eval() for each in (encoder, frozen))
     bound, flags = task.splits[options.split], []
     inputs, labels = sample(bound, arm.modality, ~task.is_unseen(bound), 0, options.samples)
