@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multimodal.bind.robustness import AttackSuite
-from tests.benchmarks.bench_calibration import COLUMNS, Arm, check_root, plan, row_of, run_arm
+from tests.benchmarks.bench_calibration import COLUMNS, Arm, check_partner, check_root, plan, row_of, run_arm
 from tests.drawn_shapes import build_task
 
 
@@ -35,6 +35,15 @@ def test_arms_of_other_settings_are_not_taken_over(tmp_path: Path) -> None:
     for changes in ({"rank": 1}, {"task_options": {"model": "other"}}, {"split": "validation"}, {"partner": "heat"}):
         with pytest.raises(ValueError, match=f"{next(iter(changes))} was .*Give another --root"):
             check_root(tmp_path, options(**changes))
+
+
+def test_an_arm_that_cannot_train_is_refused_before_any_runs() -> None:
+    arms = plan(options(ablate="image", every_objective=["ce", "consistent"]))
+    check_partner(arms, "heat")
+    with pytest.raises(ValueError, match="image-head.adapters-consistent-0.*give --partner"):
+        check_partner(arms, "image")
+    with pytest.raises(ValueError, match="No objective 'cee'"):
+        check_partner(plan(options(objectives=["cee"])), "image")
 
 
 def test_a_row_is_what_its_arm_measured(tmp_path: Path) -> None:

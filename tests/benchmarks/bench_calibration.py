@@ -85,9 +85,10 @@ def main(argv: list[str] | None = None) -> int:
     if options.arm:
         run_arm(Arm(**json.loads(options.arm)), options, root)
         return 0
+    arms = plan(options)
+    check_partner(arms, options.partner)
     check_root(root, options)
     began = time.perf_counter()
-    arms = plan(options)
     run_all(arms, list(sys.argv[1:] if argv is None else argv), root, options.concurrent)
     found = [json.loads((root / f"{arm.name}.json").read_text()) for arm in arms]
     settings = {name: getattr(options, name) for name in SHARED}
@@ -96,6 +97,15 @@ def main(argv: list[str] | None = None) -> int:
         minutes=(time.perf_counter() - began) / 60,
     )  # fmt: skip
     return 0
+
+
+def check_partner(arms: Sequence[Arm], partner: str) -> None:
+    """Raise ValueError, before hours of other arms, if one is to be kept near its own modality or has an unknown objective."""
+    from multimodal.bind.objectives import named_objective
+
+    wrong = [arm.name for arm in arms if arm.placement != "frozen" and named_objective(arm.objective).consistency and arm.modality == partner]
+    if wrong:
+        raise ValueError(f"{wrong} would be kept near their own modality: give --partner, another one than {partner!r}.")
 
 
 def check_root(root: Path, options: argparse.Namespace) -> None:
