@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from multimodal.bind.robustness import AttackSuite
-from tests.benchmarks.bench_calibration import COLUMNS, Arm, check_partner, check_root, plan, row_of, run_arm
+from tests.benchmarks.bench_calibration import COLUMNS, Arm, check_encoders, check_partner, check_root, plan, row_of, run_arm
 from tests.drawn_shapes import build_task
 
 
@@ -51,6 +51,9 @@ def test_a_row_is_what_its_arm_measured(tmp_path: Path) -> None:
     for arm in arms:
         run_arm(arm, options(), tmp_path)
     found = [json.loads((tmp_path / f"{arm.name}.json").read_text()) for arm in arms]
+    check_encoders(found)
+    with pytest.raises(ValueError, match="heat began at different encoders"):
+        check_encoders([found[0], found[1] | {"encoder": "another"}])
     frozen, trained = (dict(zip(COLUMNS, row_of(entry, found), strict=True)) for entry in found)
     assert frozen["trainable"] == frozen["seconds"] == frozen["gain over frozen"] == 0
     assert trained["trainable"] > 0 and trained["seconds"] > 0 and trained["% of model"] < trained["% of tower"]
