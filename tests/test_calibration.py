@@ -196,6 +196,18 @@ def test_a_resumed_calibration_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert torch.equal(first, second)
 
 
+def test_a_calibration_is_of_one_encoder(tmp_path: Path) -> None:
+    """On another one's weights it would be judged as what it never was."""
+    task = build_task()
+    folder = calibrate(TrainCalibrationConfig(training=SHORT, attack=InnerAttackConfig(steps=1)), task, tmp_path)
+    other = copy.deepcopy(task.encoders["image"])
+    assert load_calibration(folder, other).encoder_hash == load_calibration(folder, task.encoders["image"]).encoder_hash
+    with torch.no_grad():
+        next(other.trunk.parameters()).view(-1)[0] += 1e-3
+    with pytest.raises(ValueError, match="calibrates an encoder with weights"):
+        load_calibration(folder, other)
+
+
 def test_calibration_hardens_and_keeps_clean_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """LoRA and a head, combined objective, 60 steps of PGD-3 at 3/255: well more survives a stronger attack."""
     task = build_task()

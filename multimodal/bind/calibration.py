@@ -15,7 +15,7 @@ from multimodal.bind.attacks import pgd_last
 from multimodal.bind.ball import Ball
 from multimodal.bind.interface import ModalityEncoder
 from multimodal.bind.objectives import ObjectiveConfig, Targets, attacked_loss, clean_loss
-from multimodal.bind.task import count_weights, trunk_of
+from multimodal.bind.task import count_weights, trunk_of, weights_hash
 from multimodal.checkpoint import load_checkpoint, load_weights, save_checkpoint
 from multimodal.config import check_choice
 from multimodal.training import LossTerms
@@ -78,6 +78,7 @@ class CalibratedEncoder(nn.Module):
         self.placement = placement
         self.modality, self.dimension = encoder.modality, encoder.dimension
         self.box, self.logit_scale = encoder.box, encoder.logit_scale
+        self.encoder_hash = weights_hash(encoder)
         self._source = [encoder]  # in lists, so that a trunk is a submodule once, and the frozen one never
         self._encoder = [copy.deepcopy(encoder)]
         self.trunk = trunk_of(self._encoder[0]).eval()
@@ -162,7 +163,8 @@ def save_calibration(folder: Path, model: CalibratedEncoder, state: Mapping[str,
     """Write the trainable weights alone; the encoder they belong to comes from its task."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = {name: value for name, value in state.items() if name in names}
-    config = {"format": FORMAT, "modality": model.modality, "placement": _plain(asdict(model.placement)), **facts}
+    of = {"modality": model.modality, "encoder": model.encoder_hash}
+    config = {"format": FORMAT, **of, "placement": _plain(asdict(model.placement)), **facts}
     return save_checkpoint(folder, model_state=weights, config=config)
 
 
@@ -175,6 +177,11 @@ def load_calibration(folder: Path, encoder: ModalityEncoder) -> CalibratedEncode
             f"{encoder.modality!r}. Train one: vla calibrate train --modality={encoder.modality}."
         )
     model = CalibratedEncoder(encoder, PlacementConfig.from_dict(found.config["placement"]))
+    if found.config.get("encoder", model.encoder_hash) != model.encoder_hash:  # folders of before say nothing of their encoder
+        raise ValueError(
+            f"{folder} calibrates an encoder with weights {found.config['encoder']}; this task's has {model.encoder_hash}. Give the "
+            "task that it was trained on (its model may have been trained on since), or calibrate again."
+        )
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     load_weights(model, found.state, folder, only=names)
     return model.eval()

@@ -1,5 +1,6 @@
 """What calibration and its evaluation are given: encoders of one shared space, its centers, aligned samples, unseen classes."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,3 +76,12 @@ def trunk_of(encoder: ModalityEncoder) -> nn.Module:
 def count_weights(module: nn.Module) -> int:
     """All scalars, trainable or not."""
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def weights_hash(encoder: ModalityEncoder) -> str:
+    """First 16 hex digits of a SHA-256 over the names and bytes of an encoder's weights: which encoder a figure or folder is of."""
+    digest = hashlib.sha256()
+    for name, value in sorted(trunk_of(encoder).state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]

@@ -88,17 +88,29 @@ def main(argv: list[str] | None = None) -> int:
     if options.arm:
         run_arm(Arm(**json.loads(options.arm)), options, root)
         return 0
+    arms = plan(options)
+    check_partner(arms, options.partner)
     check_root(root, options)
     began = time.perf_counter()
-    arms = plan(options)
     run_all(arms, list(sys.argv[1:] if argv is None else argv), root, options.concurrent)
     found = [json.loads((root / f"{arm.name}.json").read_text()) for arm in arms]
+    check_encoders(found)
     settings = {name: getattr(options, name) for name in SHARED}
     report(
         "calibration", COLUMNS, [row_of(entry, found) for entry in found], options.output, **settings, reference=kind,
         minutes=(time.perf_counter() - began) / 60,
     )  # fmt: skip
     return 0
+
+
+def check_partner(arms: Sequence[Arm], partner: str) -> None:
+    """Raise ValueError, before hours of other arms, if one is to be kept near its own modality or has an unknown objective."""
+    from multimodal.bind.objectives import named_objective
+
+    trained = [arm for arm in arms if arm.placement != "frozen"]
+    wrong = [arm.name for arm in trained if named_objective(arm.objective).consistency and arm.modality == partner]
+    if wrong:
+        raise ValueError(f"{wrong} would be kept near their own modality: give --partner, another one than {partner!r}.")
 
 
 def check_root(root: Path, options: argparse.Namespace) -> None:
@@ -109,6 +121,14 @@ def check_root(root: Path, options: argparse.Namespace) -> None:
         raise ValueError(f"{root} holds arms of another table: {changed}. Give another --root, or remove it.")
     root.mkdir(parents=True, exist_ok=True)
     settings.write_text(json.dumps(now, indent=1))
+
+
+def check_encoders(found: Sequence[dict]) -> None:
+    """Raise ValueError if the arms of a modality began at different encoders: a path such as checkpoints/last moves."""
+    for modality in {entry["modality"] for entry in found}:
+        arms = {f"{e['placement']}-{e['objective']}-{e['seed']}": e["encoder"] for e in found if e["modality"] == modality}
+        if len(set(arms.values())) > 1:
+            raise ValueError(f"Arms of {modality} began at different encoders: {arms}. Name a checkpoint that stays, and another --root.")
 
 
 def run_all(arms: Sequence[Arm], argv: list[str], root: Path, concurrent: int) -> None:
@@ -143,9 +163,10 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
     from multimodal.bind.objectives import named_objective
     from multimodal.bind.reference_attacks import REDUCED, AutoAttackConfig
     from multimodal.bind.robustness import AttackSuite, share_of
-    from multimodal.bind.task import count_weights, trunk_of
+    from multimodal.bind.task import count_weights, trunk_of, weights_hash
     from multimodal.bind.train_calibration import TrainCalibrationConfig, calibrate, task_weights
     from multimodal.schedule import TrainingConfig
+    from multimodal.training_state import last_checkpoint, read_position
 
     torch.set_num_threads(options.threads)
     task = resolve(options.task)(**options.task_options)
@@ -162,11 +183,12 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
         config = TrainCalibrationConfig(
             modality=arm.modality, placement=placement, objective=objective, training=training,
             partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(epsilon=options.epsilon),
-            resume=(folder / "checkpoints").exists(),
+            resume=last_checkpoint(folder) is not None,
         )  # fmt: skip
-        began = time.perf_counter()
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
-        seconds, trainable, encoder = time.perf_counter() - began, calibrated.num_trainable, calibrated.merged()
+        trainable, encoder = calibrated.num_trainable, calibrated.merged()
+        # the run's own clock: an arm that was stopped while it judged does not train again
+        seconds = read_position(last_checkpoint(folder) / "training_state").elapsed
     model, original = (Classifier(each, task.centers).eval() for each in (encoder, frozen))
     bound, flags = task.splits[options.split], []
     inputs, labels = sample(bound, arm.modality, ~task.is_unseen(bound), 0, options.samples)
@@ -176,7 +198,7 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
     shares = {name: share_of(values).to_dict() for name, values in survived.items()}  # in order: which found the rest
     entry = {
         **vars(arm), "shares": shares, "trainable": trainable, "tower": count_weights(trunk_of(frozen)), "model": task_weights(task),
-        "seconds": seconds, "flags": flags,
+        "seconds": seconds, "flags": flags, "encoder": weights_hash(frozen),
     }  # fmt: skip
     root.mkdir(parents=True, exist_ok=True)
     (root / f"{arm.name}.json").write_text(json.dumps(entry, indent=1))
