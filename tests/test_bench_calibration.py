@@ -15,8 +15,8 @@ from tests.drawn_shapes import build_task
 def options(**changes) -> argparse.Namespace:
     settings = {
         "task": "tests.drawn_shapes:build_task", "task_options": {}, "modalities": ["heat", "image"], "every_objective": ["ce", "l2"],
-        "placements": ["frozen", "head", "head+adapters"], "objectives": ["combined"], "ablate": "", "seeds": [0], "steps": 10, "rank": 2,
-        "epsilon": 4.0, "samples": 8, "headline": False, "threads": 1, "partner": "image", "split": "test",
+        "placements": ["frozen", "head", "head+adapters"], "objectives": ["combined"], "ablate": "", "seeds": [0], "steps": 10,
+        "inner_steps": 2, "rank": 2, "epsilon": 4.0, "samples": 8, "headline": False, "threads": 1, "partner": "image", "split": "test",
     }  # fmt: skip
     return argparse.Namespace(**settings | changes)
 

@@ -26,7 +26,7 @@ from vla.large_pages import environment
 
 PLACEMENTS = ("frozen", "head", "adapters", "head+adapters")
 # settings that all arms of a table share
-SHARED = ("task", "task_options", "split", "partner", "steps", "rank", "epsilon", "samples", "headline")
+SHARED = ("task", "task_options", "split", "partner", "steps", "inner_steps", "rank", "epsilon", "samples", "headline")
 COLUMNS = (
     "modality", "placement", "objective", "seed", "clean %", "AutoAttack %", "95 % low", "95 % high", "worst case %", "naive says %",
     "gain over frozen", "worst gain", "clean change", "trainable", "% of tower", "% of model", "seconds", "flags",
@@ -70,18 +70,19 @@ def main(argv: list[str] | None = None) -> int:
     arguments.add_argument("--ablate", default="", help="modality that runs every objective, in the last of the placements")
     arguments.add_argument("--every_objective", nargs="+", default=["ce", "l2", "nce", "comp_sum", "combined", "consistent"])
     arguments.add_argument("--partner", default="image", help="modality of the same samples that `consistent` keeps near")
-    arguments.add_argument("--steps", type=int, default=400, help="training steps of 64 samples, PGD-5")
+    arguments.add_argument("--steps", type=int, default=400, help="training steps of 64 samples")
+    arguments.add_argument("--inner_steps", type=int, default=5, help="of the PGD in every training step")
     arguments.add_argument("--rank", type=int, default=3, help="of the low-rank adapters")
     arguments.add_argument("--epsilon", type=float, default=4.0, help="255ths, in the modality's unit; training and judgement")
     arguments.add_argument("--samples", type=int, default=128)
-    arguments.add_argument("--seeds", type=int, nargs="+", default=[0])
-    arguments.add_argument("--headline", action="store_true", help="three seeds, full AutoAttack, 256 samples at least")
+    arguments.add_argument("--seeds", type=int, nargs="+", help="default: 0, of a headline 0 1 2")
+    arguments.add_argument("--headline", action="store_true", help="full AutoAttack, 256 samples at least")
     arguments.add_argument("--concurrent", type=int, default=1)
     arguments.add_argument("--root", type=Path, default=None, help="where finished arms are kept")
     arguments.add_argument("--arm", default="", help="run this one arm (JSON) and write its row; for the processes that this starts")
     options = arguments.parse_args(argv)
-    if options.headline:
-        options.seeds, options.samples = [0, 1, 2], max(256, options.samples)
+    options.seeds = options.seeds or ([0, 1, 2] if options.headline else [0])
+    options.samples = max(256, options.samples) if options.headline else options.samples
     kind = "headline" if options.headline else "reduced"
     name = f"calibration-{options.task.replace(':', '.')}-{options.epsilon:g}-{options.steps}-{kind}-{options.split}"
     root = options.root or remask_home() / "bench" / name
@@ -182,7 +183,7 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
         folder, objective = root / "runs" / arm.name, named_objective(arm.objective)
         config = TrainCalibrationConfig(
             modality=arm.modality, placement=placement, objective=objective, training=training,
-            partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(epsilon=options.epsilon),
+            partner=options.partner if objective.consistency else None, attack=InnerAttackConfig(options.epsilon, options.inner_steps),
             resume=last_checkpoint(folder) is not None,
         )  # fmt: skip
         calibrated: CalibratedEncoder = load_calibration(calibrate(config, task, folder), frozen)
@@ -205,11 +206,12 @@ def run_arm(arm: Arm, options: argparse.Namespace, root: Path) -> None:
 
 
 def row_of(entry: dict, found: Sequence[dict]) -> list:
-    """COLUMNS of one arm, beside the frozen encoder of its modality and seed, where that was run."""
+    """COLUMNS of one arm, beside the frozen encoder of its modality, if that was run: of its seed, or of the first."""
     shares = entry["shares"]
     clean, auto = shares["clean"]["share"], shares["autoattack"]
-    same = [e["shares"] for e in found if (e["modality"], e["seed"], e["placement"]) == (entry["modality"], entry["seed"], "frozen")]
-    frozen = same[0] if same else None
+    same = [each for each in found if (each["modality"], each["placement"]) == (entry["modality"], "frozen")]
+    same.sort(key=lambda each: (each["seed"] != entry["seed"], each["seed"]))
+    frozen = same[0]["shares"] if same else None
     gain = 100 * (auto["share"] - frozen["autoattack"]["share"]) if frozen else float("nan")
     worst = 100 * (shares["worst"]["share"] - frozen["worst"]["share"]) if frozen else float("nan")
     change = 100 * (clean - frozen["clean"]["share"]) if frozen else float("nan")
