@@ -1,6 +1,7 @@
 """Laws of the studies' arms: one thing is changed at a time, every remasking rule is there, all are paired with the first."""
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict, fields, replace
@@ -17,7 +18,7 @@ from tests.benchmarks import bench_options, bench_prefix, harness, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
 from tests.benchmarks.bench_options import OPTIONS, arms_of
 from tests.benchmarks.bench_prefix import COMPRESSORS
-from tests.point_world import PointPolicy, build_point_world
+from tests.point_world import PointPolicy, build_point_world, point_expert
 from tests.test_evaluate import CHECKPOINT, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
 from tests.test_report import episode
 from tests.tiny_policy import write_policy
@@ -153,6 +154,21 @@ def test_a_study_is_paired_and_resumes(tmp_path: Path, point_policies, capsys):
     assert rows["base"]["difference"] is None and rows["same"]["difference"] == 0.0 and rows["same"]["p"] == 1.0
     assert rows["loud"]["difference"] < 0 and rows["loud"]["n"] == 12
     assert studies.evaluate_variants(variants, tmp_path) == found, "a second call runs nothing"
+
+
+def test_a_chunk_is_timed_on_what_a_whole_episode_shows(point_policies, monkeypatch: pytest.MonkeyPatch):
+    """The first picture alone takes the most rounds: a lift policy decoded it in 6.0 and those of whole episodes in 5.4."""
+    monkeypatch.setattr(studies, "build_environment", build_point_world)
+    monkeypatch.setattr(studies, "build_expert", point_expert)
+    monkeypatch.setattr(studies, "STRIDE", 4)
+    monkeypatch.setattr(studies, "quiet_machine", contextlib.nullcontext)
+    config = EvaluateConfig(policy=PolicySource(path="quiet"), suite="libero_object", tasks=[1])
+    seen = studies.observations_along(config)
+    assert len(seen) > 1 and not seen[0].state.any() and len({each.state.tobytes() for each in seen}) == len(seen)
+    asked = []
+    monkeypatch.setattr(PointPolicy, "act", lambda self, observations, **_: asked.extend(each.state.tobytes() for each in observations))
+    studies.chunk_milliseconds({"base": config}, argparse.Namespace(threads=1, repetitions=1))
+    assert set(asked) == {each.state.tobytes() for each in seen}
 
 
 def test_an_objective_is_replaced_as_a_whole():

@@ -66,7 +66,8 @@ def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -
 
 
 def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of a chunk for one robot, images to actions, all arms in turn on the same observation."""
+    """Milliseconds of a chunk for one robot, images to actions: mean over the first demonstration, median of repetitions, arms
+    in turn."""
     import numpy as np
     import torch
 
@@ -76,13 +77,16 @@ def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namesp
 
     torch.set_num_threads(options.threads)
     cache = FrameCache.open(options.dataset)
-    images = {camera: np.array(frames[0]) for camera, frames in cache.images.items()}
-    observation = Observation(images, np.array(cache.state[0]), cache.instructions[0])
+    instruction = cache.instructions[cache.episode_instructions[0]]
+    seen = [
+        Observation({camera: np.array(images[frame]) for camera, images in cache.images.items()}, cache.state[frame], instruction)
+        for frame in range(0, int(cache.episode_starts[1]), studies.STRIDE)
+    ]
     policies = {arm.name: load_policy(policy_of(arm, root)) for arm in arms}
     with quiet_machine():
-        calls = {name: lambda policy=policy: policy.act([observation]) for name, policy in policies.items()}
+        calls = {name: lambda policy=policy: [policy.act([each]) for each in seen] for name, policy in policies.items()}
         seconds = interleaved(calls, options.repetitions)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return {name: 1e3 * statistics.median(values) / len(seen) for name, values in seconds.items()}
 
 
 def check_arm(arm: Arm, root: Path, options: argparse.Namespace) -> None:
