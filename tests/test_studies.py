@@ -13,6 +13,7 @@ import yaml
 from sim.evaluate import EvaluateConfig
 from sim.policy_source import PolicySource
 from sim.report.verb import build_section
+from sim.results import append_row
 from tests.benchmarks import arms as compared
 from tests.benchmarks import bench_options, bench_prefix, harness, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
@@ -94,6 +95,17 @@ def test_arms_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert [base[name] for name in ("difference", "low", "high", "p")] == [None] * 4
     assert worse["difference"] == -50.0 and worse["low"] < -50 < worse["high"] < 0 and worse["p"] == pytest.approx(2 / 2**5)
     assert (worse["n"], worse["ms per chunk"], worse["steps trained"], worse["held-out error"]) == (10, 24.0, 9, 0.5)
+
+
+def test_an_arm_is_judged_on_the_starts_asked_for_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A finished arm may hold more, of an earlier call: beside one with fewer, its rate would be of other starts."""
+    arm = compared.Arm("base", tmp_path / "base.yaml")
+    (tmp_path / "base-evaluation").mkdir()
+    for index in range(8):
+        append_row(tmp_path / "base-evaluation" / "episodes.jsonl", asdict(episode(index % 4, index // 4, True)))
+    monkeypatch.setattr(compared.subprocess, "run", lambda *_, **__: None)
+    rows = compared.evaluate_arm(arm, tmp_path, argparse.Namespace(tasks="[1, 2]", suite="libero_object", episodes=3))
+    assert [(row.task, row.episode) for row in rows] == [(1, 0), (2, 0)]
 
 
 def test_a_benchmark_says_its_command_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

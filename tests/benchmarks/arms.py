@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from sim.results import ROWS, EpisodeRow, differences, latest_episodes
+from sim.shards import episode_list
 from sim.suites import get_suite
 from tests.benchmarks import studies
 from tests.benchmarks.harness import interleaved, quiet_machine
@@ -125,9 +126,13 @@ def start_training(arm: Arm, root: Path, options: argparse.Namespace) -> subproc
 
 
 def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list[EpisodeRow]:
-    """The episodes of one trained arm. Raises ChildProcessError if one ended with an error: arms are judged on all starts."""
+    """The episodes asked for of one trained arm; its folder may hold more, of a call that asked for more.
+
+    Raises ChildProcessError if one ended with an error: arms are judged on all starts.
+    """
     folder = root / f"{arm.name}-evaluation"
-    tasks = json.loads(options.tasks) if options.tasks else range(get_suite(options.suite).num_tasks)
+    tasks = json.loads(options.tasks) if options.tasks else list(range(get_suite(options.suite).num_tasks))
+    asked = episode_list(tasks, options.episodes // len(tasks))
     command = [
         *VLA, "eval", f"--policy.path={policy_of(arm, root)}", f"--suite={options.suite}",
         f"--episodes={options.episodes // len(tasks)}", "--workers=2", "--resume", f"--output_dir={folder}",
@@ -135,7 +140,7 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list[Epis
     if options.tasks:
         command.append(f"--tasks={options.tasks}")
     subprocess.run(command, check=True)
-    rows = latest_episodes(folder / ROWS)
+    rows = [row for row in latest_episodes(folder / ROWS) if (row.task, row.episode) in asked]
     if any(row.error for row in rows):
         raise ChildProcessError(f"{sum(bool(row.error) for row in rows)} episodes of {arm.name} ended with an error; see {folder}.")
     return rows
