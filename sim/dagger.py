@@ -17,7 +17,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -39,6 +39,9 @@ from sim.suites import build_environment, get_protocol, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 from vla.home import remask_home
 from vla.interface import Policy, RobotSpec
+
+if TYPE_CHECKING:
+    from vla.train import TrainConfig
 
 FIRST_INDEX = 500_000  # of the training starts; `vla collect` counts from 0 and never comes here
 ROUND_STARTS = 10_000  # starts set aside for a round
@@ -116,6 +119,8 @@ def dagger(
     Raises ValueError on impossible settings or another run's folder.
     """
     check(config)
+    if train is None:
+        check_training(config)
     load, train = load or load_torch_policy, train or train_round
     config.root.mkdir(parents=True, exist_ok=True)
     with locked(config.root):
@@ -273,8 +278,26 @@ def load_torch_policy(path: str) -> Policy:
 def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[Path]) -> str:
     """Go on training from the policy's weights on all data; the new policy's folder."""
     from multimodal.training_state import last_checkpoint
+    from vla.train import finished_policy, train_policy
+
+    settings = training_settings(config, number, policy_path, data)
+    done = finished_policy(settings)
+    return str(done or train_policy(replace(settings, resume=last_checkpoint(settings.output_dir) is not None)))
+
+
+def check_training(config: DaggerConfig) -> None:
+    """Raise now what a round's training would raise after hours of corrections: settings, data or policy that do not fit."""
+    from vla.data import WindowMixture
+    from vla.train import begin, open_windows
+
+    settings = training_settings(config, 1, config.policy, [Path(path).expanduser() for path in config.dataset])
+    begin(settings, WindowMixture(open_windows(settings, held_out=False), settings.dataset.weights))
+
+
+def training_settings(config: DaggerConfig, number: int, policy_path: str, data: list[Path]) -> "TrainConfig":
+    """Those of `vla train` in a round."""
     from vla.cli import parse_config
-    from vla.train import TrainConfig, finished_policy, train_policy
+    from vla.train import TrainConfig
 
     run = config.root / f"round_{number}" / "run"
     arguments = [f"--config_path={config.train}", f"--output_dir={run}", f"--start_from={policy_path}"]
@@ -286,9 +309,7 @@ def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[
         arguments += ["--training.minutes=null"] if config.minutes is None else []
     if config.tasks is not None:
         arguments.append(f"--dataset.tasks={config.tasks}")
-    settings = parse_config(TrainConfig, arguments, verb="train")
-    done = finished_policy(settings)
-    return str(done or train_policy(replace(settings, resume=last_checkpoint(run) is not None)))
+    return parse_config(TrainConfig, arguments, verb="train")
 
 
 def write_rounds(root: Path, rounds: Sequence[Round]) -> None:

@@ -127,6 +127,16 @@ def test_rounds_add_their_labels_go_on_from_the_last_policy_and_resume(tmp_path,
     assert [replace(each, interval_95=()) for each in again] == [replace(each, interval_95=()) for each in rounds]
 
 
+def test_what_cannot_be_trained_on_is_refused_before_the_first_episode(tmp_path, three_tasks):
+    """Else a data set's wrong name is found out after hours of corrections."""
+    config = settings(tmp_path, policy="policy")
+    with pytest.raises(FileNotFoundError, match="demonstrations"):
+        dagger(config, build=build_point_world, expert=point_expert, load=Trainings.load)
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        dagger(replace(config, train=Path("nowhere.yaml")), build=build_point_world, expert=point_expert, load=Trainings.load)
+    assert not config.root.exists()
+
+
 class StuckWorld(PointWorld):
     """Whose second start of round 1 cannot be looked at."""
 

@@ -208,8 +208,9 @@ def test_padded_steps_do_not_reach_the_loss(head_type):
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("head_type", ["parallel", "autoregressive", "l1"])
+@pytest.mark.parametrize("head_type", HEADS)
 def test_what_padded_steps_hold_changes_nothing(head_type):
+    """They repeat the action before, so a head that is shown them learns to copy it: of DAgger's windows most are padding."""
     model = build_model(slots=HEADS[head_type].slots)
     head = build_head(HeadConfig(type=head_type, known_prefix=0.0), TOKENIZER)
     is_pad = torch.arange(4).expand(3, 4) >= 2

@@ -1,6 +1,7 @@
 """Laws of the studies' arms: one thing is changed at a time, every remasking rule is there, all are paired with the first."""
 
 import argparse
+import contextlib
 import json
 import sys
 from dataclasses import asdict, fields, replace
@@ -12,12 +13,13 @@ import yaml
 from sim.evaluate import EvaluateConfig
 from sim.policy_source import PolicySource
 from sim.report.verb import build_section
+from sim.results import append_row
 from tests.benchmarks import arms as compared
 from tests.benchmarks import bench_options, bench_prefix, harness, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
 from tests.benchmarks.bench_options import OPTIONS, arms_of
 from tests.benchmarks.bench_prefix import COMPRESSORS
-from tests.point_world import PointPolicy, build_point_world
+from tests.point_world import PointPolicy, build_point_world, point_expert
 from tests.test_evaluate import CHECKPOINT, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
 from tests.test_report import episode
 from tests.tiny_policy import write_policy
@@ -95,6 +97,17 @@ def test_arms_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.Monk
     assert (worse["n"], worse["ms per chunk"], worse["steps trained"], worse["held-out error"]) == (10, 24.0, 9, 0.5)
 
 
+def test_an_arm_is_judged_on_the_starts_asked_for_and_no_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A finished arm may hold more, of an earlier call: beside one with fewer, its rate would be of other starts."""
+    arm = compared.Arm("base", tmp_path / "base.yaml")
+    (tmp_path / "base-evaluation").mkdir()
+    for index in range(8):
+        append_row(tmp_path / "base-evaluation" / "episodes.jsonl", asdict(episode(index % 4, index // 4, True)))
+    monkeypatch.setattr(compared.subprocess, "run", lambda *_, **__: None)
+    rows = compared.evaluate_arm(arm, tmp_path, argparse.Namespace(tasks="[1, 2]", suite="libero_object", episodes=3))
+    assert [(row.task, row.episode) for row in rows] == [(1, 0), (2, 0)]
+
+
 def test_a_benchmark_says_its_command_and_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(harness, "git_commit", lambda: 40 * "a" + "-dirty")
     monkeypatch.setattr(sys, "argv", ["vla", "bench", "options", "--tasks", "[0, 1]"])
@@ -153,6 +166,21 @@ def test_a_study_is_paired_and_resumes(tmp_path: Path, point_policies, capsys):
     assert rows["base"]["difference"] is None and rows["same"]["difference"] == 0.0 and rows["same"]["p"] == 1.0
     assert rows["loud"]["difference"] < 0 and rows["loud"]["n"] == 12
     assert studies.evaluate_variants(variants, tmp_path) == found, "a second call runs nothing"
+
+
+def test_a_chunk_is_timed_on_what_a_whole_episode_shows(point_policies, monkeypatch: pytest.MonkeyPatch):
+    """The first picture alone takes the most rounds: a lift policy decoded it in 6.0 and those of whole episodes in 5.4."""
+    monkeypatch.setattr(studies, "build_environment", build_point_world)
+    monkeypatch.setattr(studies, "build_expert", point_expert)
+    monkeypatch.setattr(studies, "STRIDE", 4)
+    monkeypatch.setattr(studies, "quiet_machine", contextlib.nullcontext)
+    config = EvaluateConfig(policy=PolicySource(path="quiet"), suite="libero_object", tasks=[1])
+    seen = studies.observations_along(config)
+    assert len(seen) > 1 and not seen[0].state.any() and len({each.state.tobytes() for each in seen}) == len(seen)
+    asked = []
+    monkeypatch.setattr(PointPolicy, "act", lambda self, observations, **_: asked.extend(each.state.tobytes() for each in observations))
+    studies.chunk_milliseconds({"base": config}, argparse.Namespace(threads=1, repetitions=1))
+    assert set(asked) == {each.state.tobytes() for each in seen}
 
 
 def test_an_objective_is_replaced_as_a_whole():

@@ -80,6 +80,7 @@ class FlowHead(ContinuousHead):
         is_known = draw_known_steps(clean.shape[0], horizon, self.config, generator)
         time = draw_times(clean.shape[0], generator)[:, None]
         times = torch.where(is_known, torch.ones_like(time), time)
+        times = times.masked_fill(is_pad, 0.0)  # padding repeats an action, which it must not give away: it enters as noise
         noise = torch.randn(clean.shape, generator=generator, device=clean.device)
         noisy = torch.lerp(noise, clean, times[..., None])
         velocity = model.predict_steps(noisy, times, prefix.repeat(draws) if draws > 1 else prefix)

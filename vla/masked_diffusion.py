@@ -51,16 +51,20 @@ def corrupt(
     *,
     generator: torch.Generator | None = None,
     is_known: Tensor | None = None,
+    is_pad: Tensor | None = None,
 ) -> Corruption:
-    """Mask exactly `num_masked(t, free slots)` of the slots that are not known, chosen uniformly.
+    """Mask exactly `num_masked(t, free slots)` of the slots that are neither known nor padding, chosen uniformly.
 
-    clean_tokens: int64 [B, L]. t: [B]. is_known: bool [B, L], slots that stay visible (a committed beginning).
+    clean_tokens: int64 [B, L]. t: [B]. is_known: bool [B, L], slots that stay visible (a committed beginning). is_pad: bool
+    [B, L], slots that hold no action but a copy of the last one: always masked, since shown they would give that away.
     """
-    known = torch.zeros_like(clean_tokens, dtype=torch.bool) if is_known is None else is_known
-    count = num_masked(t, (~known).sum(1))
+    fixed = torch.zeros_like(clean_tokens, dtype=torch.bool) if is_known is None else is_known
+    fixed = fixed if is_pad is None else fixed | is_pad
+    count = num_masked(t, (~fixed).sum(1))
     order = uniform(clean_tokens.shape, generator)
-    rank = order.masked_fill(known, 2.0).argsort(dim=1).argsort(dim=1)  # known slots rank last
+    rank = order.masked_fill(fixed, 2.0).argsort(dim=1).argsort(dim=1)  # the others rank last
     is_masked = rank < count[:, None]
+    is_masked = is_masked if is_pad is None else is_masked | is_pad
     noisy = clean_tokens.masked_fill(is_masked, mask_id)
     return Corruption(noisy, is_masked, torch.zeros_like(is_masked))
 

@@ -102,7 +102,7 @@ class DiscreteDiffusionHead(TokenHead):
         is_pad = batch.is_pad.repeat_interleave(model.config.action_dim, dim=1).repeat_interleave(draws, dim=0)
         known_steps = draw_known_steps(clean.shape[0], model.config.action_horizon, self.config, generator)
         is_known = known_steps.repeat_interleave(model.config.action_dim, dim=1)
-        corruption = self._corrupt(clean, is_known, layout, generator)
+        corruption = self._corrupt(clean, is_known, is_pad, layout, generator)
         hidden = model.action_hidden(corruption.noisy_tokens, prefix.repeat(draws) if draws > 1 else prefix)
         is_unseen, is_suspect = corruption.is_masked & ~is_pad, corruption.is_suspect & ~is_pad
         values = batch.values.flatten(1).repeat_interleave(draws, dim=0)
@@ -125,11 +125,11 @@ class DiscreteDiffusionHead(TokenHead):
         return config
 
     def _corrupt(
-        self, clean: Tensor, is_known: Tensor, layout: SlotLayout, generator: torch.Generator
+        self, clean: Tensor, is_known: Tensor, is_pad: Tensor, layout: SlotLayout, generator: torch.Generator
     ) -> Corruption:
         draws, mask_id = self.config.mask_draws, self.tokenizer.mask_id
         t = stratified_times(clean.shape[0] // draws, draws, generator).flatten()
-        corruption = corrupt(clean, t, mask_id, generator=generator, is_known=is_known)
+        corruption = corrupt(clean, t, mask_id, generator=generator, is_known=is_known, is_pad=is_pad)
         if self.config.replace_visible == 0.0:
             return corruption
         first, last = layout.ranges[:, 0], layout.ranges[:, 1] - 1
@@ -148,10 +148,10 @@ class ParallelHead(DiscreteDiffusionHead):
         return replace(config, rounds=1)
 
     def _corrupt(
-        self, clean: Tensor, is_known: Tensor, layout: SlotLayout, generator: torch.Generator
+        self, clean: Tensor, is_known: Tensor, is_pad: Tensor, layout: SlotLayout, generator: torch.Generator
     ) -> Corruption:
         everything = torch.ones(clean.shape[0], device=clean.device)
-        return corrupt(clean, everything, self.tokenizer.mask_id, generator=generator, is_known=is_known)
+        return corrupt(clean, everything, self.tokenizer.mask_id, generator=generator, is_known=is_known, is_pad=is_pad)
 
 
 class AutoregressiveHead(TokenHead):

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from sim.results import ROWS, EpisodeRow, differences, latest_episodes
+from sim.shards import episode_list
 from sim.suites import get_suite
 from tests.benchmarks import studies
 from tests.benchmarks.harness import interleaved, quiet_machine
@@ -66,7 +67,8 @@ def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -
 
 
 def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Median milliseconds of a chunk for one robot, images to actions, all arms in turn on the same observation."""
+    """Milliseconds of a chunk for one robot, images to actions: mean over the first demonstration, median of repetitions, arms
+    in turn."""
     import numpy as np
     import torch
 
@@ -76,13 +78,16 @@ def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namesp
 
     torch.set_num_threads(options.threads)
     cache = FrameCache.open(options.dataset)
-    images = {camera: np.array(frames[0]) for camera, frames in cache.images.items()}
-    observation = Observation(images, np.array(cache.state[0]), cache.instructions[0])
+    instruction = cache.instructions[cache.episode_instructions[0]]
+    seen = [
+        Observation({camera: np.array(images[frame]) for camera, images in cache.images.items()}, cache.state[frame], instruction)
+        for frame in range(0, int(cache.episode_starts[1]), studies.STRIDE)
+    ]
     policies = {arm.name: load_policy(policy_of(arm, root)) for arm in arms}
     with quiet_machine():
-        calls = {name: lambda policy=policy: policy.act([observation]) for name, policy in policies.items()}
+        calls = {name: lambda policy=policy: [policy.act([each]) for each in seen] for name, policy in policies.items()}
         seconds = interleaved(calls, options.repetitions)
-    return {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
+    return {name: 1e3 * statistics.median(values) / len(seen) for name, values in seconds.items()}
 
 
 def check_arm(arm: Arm, root: Path, options: argparse.Namespace) -> None:
@@ -121,9 +126,13 @@ def start_training(arm: Arm, root: Path, options: argparse.Namespace) -> subproc
 
 
 def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list[EpisodeRow]:
-    """The episodes of one trained arm. Raises ChildProcessError if one ended with an error: arms are judged on all starts."""
+    """The episodes asked for of one trained arm; its folder may hold more, of a call that asked for more.
+
+    Raises ChildProcessError if one ended with an error: arms are judged on all starts.
+    """
     folder = root / f"{arm.name}-evaluation"
-    tasks = json.loads(options.tasks) if options.tasks else range(get_suite(options.suite).num_tasks)
+    tasks = json.loads(options.tasks) if options.tasks else list(range(get_suite(options.suite).num_tasks))
+    asked = episode_list(tasks, options.episodes // len(tasks))
     command = [
         *VLA, "eval", f"--policy.path={policy_of(arm, root)}", f"--suite={options.suite}",
         f"--episodes={options.episodes // len(tasks)}", "--workers=2", "--resume", f"--output_dir={folder}",
@@ -131,7 +140,7 @@ def evaluate_arm(arm: Arm, root: Path, options: argparse.Namespace) -> list[Epis
     if options.tasks:
         command.append(f"--tasks={options.tasks}")
     subprocess.run(command, check=True)
-    rows = latest_episodes(folder / ROWS)
+    rows = [row for row in latest_episodes(folder / ROWS) if (row.task, row.episode) in asked]
     if any(row.error for row in rows):
         raise ChildProcessError(f"{sum(bool(row.error) for row in rows)} episodes of {arm.name} ended with an error; see {folder}.")
     return rows
