@@ -17,9 +17,9 @@ class BindCorpusConfig:
     """Settings of `vla corpus --bind`: one object on a table, dropped and poked, seen, heard and felt."""
 
     output_dir: Path | None = None  # default: REMASK_HOME/datasets/bound
-    samples: int = 3120  # of training; each split is rounded up to whole files
-    validation_samples: int = 390
-    test_samples: int = 780
+    samples: int = 12480  # of training; each split is rounded up to whole files
+    validation_samples: int = 780
+    test_samples: int = 1170
     unseen_samples: int = 256  # of the two held-out classes
     samples_per_shape: int = 6  # poses, lights and pokes of one body before its sizes and colours are drawn again
     image_size: int = 40  # pixels of image, depth and thermal, a multiple of 8
