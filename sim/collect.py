@@ -22,7 +22,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -37,6 +36,7 @@ from sim.suites import build_environment, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs, serve_jobs
 from vla.home import remask_home
 from vla.interface import RobotSpec
+from vla.show import show
 
 SPLIT = "train"
 PATIENCE = 20  # starts tried after which a task is given up while fewer than a quarter of them are solved
@@ -335,7 +335,7 @@ def print_report(report: dict[str, Any], root: Path) -> None:
         low, high = row["interval_95"]
         solved = f"{row['successes']}/{row['episodes']}"
         table.add_row(task, solved, f"{100 * low:.1f} - {100 * high:.1f}", str(row["errors"]), str(row["mean_steps"]))
-    Console().print(table)
+    show(table)
     parts = {name.removesuffix("_bytes"): report[name] for name in report if name.endswith("_bytes")}
     sizes = ", ".join(f"{name} {size / 1e6:.0f} MB" for name, size in parts.items())
     rate = f"{report['attempts_per_hour']} attempts per hour, " if report["attempts_per_hour"] else ""

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from sim.results import ROWS, SETTINGS, EpisodeRow, differences, latest_episodes, wilson
+from vla.show import show
 
 Pair = tuple[EpisodeRow, EpisodeRow]
 
@@ -122,7 +122,7 @@ def tail(tosses: int, heads: int) -> float:
 def table(pairs: Sequence[Pair], title: str) -> Table:
     """One line a task and one over all; won: episodes that B alone solved, lost: A alone."""
     view = Table(title=title)
-    view.add_column("task", no_wrap=True)
+    view.add_column("task")
     view.add_column("instruction")
     for heading in ("n", "A %", "B %", "won", "lost", "B - A, 95 %", "p"):
         view.add_column(heading, justify="right", no_wrap=True)
@@ -169,7 +169,7 @@ def main(argv: Sequence[str]) -> int:
     check_protocols(*folders)
     pairs = pair_episodes(*rows)
     left_out = min(len(side) for side in rows) - len(pairs)
-    Console().print(table(pairs, f"B = {folders[1]}\nagainst A = {folders[0]}"))
+    show(table(pairs, f"B = {folders[1]}\nagainst A = {folders[0]}"))
     if left_out:
         print(f"{left_out} episodes have no partner without an error and are left out.", file=sys.stderr)
     if output:

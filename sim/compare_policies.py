@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rich.console import Console
 
 from sim.compare import Pair, compare, pair_episodes, table, tail
 from sim.environment import Environment
@@ -14,6 +13,7 @@ from sim.results import EpisodeRow
 from sim.suites import build_environment
 from vla.home import remask_home
 from vla.policy_folder import StoredPolicy
+from vla.show import show
 
 SIGNIFICANT = 0.05
 
@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
     check(config)
     policies = tuple(attacked(load_source(source, config.workers), config.attack) for source in (config.policy, config.other))
     pairs = pair_episodes(*evaluate_both(config, policies))
-    Console().print(table(pairs, f"B = {config.other.path}\nagainst A = {config.policy.path}"))
+    show(table(pairs, f"B = {config.other.path}\nagainst A = {config.policy.path}"))
     p_value = one_sided_p(pairs)
     verdict = "worse beyond chance" if p_value < SIGNIFICANT else "not worse beyond chance"
     print(f"B is {verdict} (McNemar, one-sided p = {p_value:.3f}). Rows: {output_folder(config, policies)}")

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
@@ -39,6 +38,7 @@ from sim.suites import build_environment, get_protocol, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 from vla.home import remask_home
 from vla.interface import Policy, RobotSpec
+from vla.show import show
 
 if TYPE_CHECKING:
     from vla.train import TrainConfig
@@ -349,6 +349,6 @@ def main(argv: list[str]) -> int:
             str(each.number), str(each.labels), f"{each.successes}/{each.episodes}", f"{100 * rate:.1f}",
             f"{100 * low:.0f}-{100 * high:.0f}", mixture,
         )  # fmt: skip
-    Console().print(table)
+    show(table)
     print(f"curve: {config.root / 'rounds.png'}\npolicy: {rounds[-1].policy}")
     return 0

@@ -12,11 +12,11 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.version import Version
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vla.home import remask_home
+from vla.show import show
 
 OK, WARN, MISSING = "ok", "warn", "missing"  # warn: something optional or slow; missing: the main job cannot run
 COLORS = {OK: "green", WARN: "yellow", MISSING: "red"}
@@ -244,7 +244,7 @@ def main(argv: Sequence[str]) -> int:
     if argv:
         raise ValueError(f"vla doctor takes no arguments; got {list(argv)}.")
     findings = examine()
-    Console().print(findings_table(findings))
+    show(findings_table(findings))
     missing = [finding.subject for finding in findings if finding.status == MISSING]
     print(f"\nmissing: {', '.join(missing)}" if missing else "\nready: vla demo")
     return 1 if missing else 0

@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from tqdm import tqdm
 
 from sim.environment import Environment
@@ -43,6 +42,7 @@ from sim.video import last_frame, success_grid, write_image
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
 from vla.home import remask_home
 from vla.interface import Policy
+from vla.show import show
 
 OUTPUT_ONLY = ("output_dir", "video_size", "gif", "watch")  # settings that change no outcome
 
@@ -321,5 +321,5 @@ def main(argv: list[str]) -> None:
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)
     under = "" if config.perturb.kind == NONE else f", {config.perturb.kind} perturbed at severity {config.perturb.severity}"
-    Console().print(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol{under}"))
+    show(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol{under}"))
     print(f"{tally(rows)}. Rows, eval_info.json{' and videos' if config.videos else ''}: {folder}")

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 
 from sim.folder_lock import locked
 from sim.results import INFO, ROWS, SETTINGS, EpisodeRow, append_row, differences, eval_info, latest_episodes, success_table, tally
 from sim.shards import episode_list, parse_shard, shard_of
+from vla.show import show
 
 
 @dataclass(frozen=True)
@@ -109,5 +109,5 @@ def main(argv: list[str]) -> None:
 
     config = parse_config(MergeConfig, argv, verb="merge-evaluations")
     rows = merge(config)
-    Console().print(success_table(rows, f"{rows[0].suite}, {rows[0].split} starts, {len(config.folders)} shards"))
+    show(success_table(rows, f"{rows[0].suite}, {rows[0].split} starts, {len(config.folders)} shards"))
     print(f"{tally(rows)}. Rows and eval_info.json: {config.output_dir}")

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from rich.table import Table
 
 import sim.compare_policies
 import sim.evaluate
@@ -18,6 +19,7 @@ from sim.results import EpisodeRow
 from tests.point_world import PointPolicy, build_point_world
 from tests.tiny_policy import write_policy
 from vla.attacked_policy import AttackedPolicy
+from vla.show import show
 
 
 def row(index: int, success: bool, task: int = 0, error: str | None = None, seed: int = 7) -> EpisodeRow:
@@ -173,3 +175,11 @@ def test_comparisons_under_other_settings_have_other_folders():
     changes = [{}, {"perturb": PerturbConfig("camera", 2)}, {"attack": {"kind": "noise"}}, {"mesh_detail": 0.5}, {"split": "official"}]
     names = [output_folder(ComparePoliciesConfig(**change), policies).name for change in changes]
     assert names[0] == "compare-robosuite_lift-validation-aaaaaaaa-bbbbbbbb" and len(set(names)) == len(names)
+
+
+def test_figures_are_whole_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = Table("a" * 60, "b")
+    wide.add_column("c", no_wrap=True)
+    wide.add_row("1", "x" * 60, "+26.0 [+9.7, +40.9]")
+    show(wide)
+    assert "+26.0 [+9.7, +40.9]" in capsys.readouterr().out

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from sim.evaluate import git_commit
@@ -21,6 +20,7 @@ from sim.scaling.evaluations import read_evaluations, with_evaluations
 from sim.scaling.fit import RESAMPLES, PowerLaw, fit_power_law
 from sim.scaling.runs import Run, find_runs, read_run
 from vla.home import remask_home
+from vla.show import show
 
 AXES = {"parameters": "parameters", "demonstrations": "demonstrations", "compute": "6 x parameters x samples"}
 EQUAL = {  # axis -> what the runs of a fit share; parameters and samples make compute, so only one of them may vary
@@ -196,5 +196,5 @@ def main(argv: list[str]) -> None:
     table = Table(*FIT_COLUMNS, title=f"{len(runs)} runs")
     for fit in fits:
         table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in fit_line(fit)))
-    Console().print(table)
+    show(table)
     print(f"scaling.json, scaling.md, scaling.png: {config.output_dir or remask_home() / 'scaling'}")

@@ -76,14 +76,14 @@ def median_ratio(numerator: Sequence[float], denominator: Sequence[float]) -> fl
 
 def report(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], output: Path | None, **facts: Any) -> None:
     """Print the rows as a table and write them with command, commit, machine and versions to JSON."""
-    from rich.console import Console
     from rich.table import Table
+
+    from vla.show import show
 
     table = Table(title=name, *columns)
     for row in rows:
         table.add_row(*("" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value) for value in row))
-    console = Console()
-    (console if console.is_terminal else Console(width=240)).print(table)
+    show(table)
     path = output or Path("outputs") / "bench" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {
