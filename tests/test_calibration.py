@@ -15,6 +15,7 @@ from multimodal.bind.ball import Ball
 from multimodal.bind.calibration import CalibratedEncoder, InnerAttackConfig, PlacementConfig, load_calibration
 from multimodal.bind.classifier import Classifier
 from multimodal.bind.objectives import NAMED, ObjectiveConfig, Targets, attacked_loss, clean_loss, info_nce, named_objective
+from multimodal.bind.task import weights_hash
 from multimodal.bind.train_calibration import (
     CalibrationBatches,
     CalibrationTraining,
@@ -201,7 +202,8 @@ def test_a_calibration_is_of_one_encoder(tmp_path: Path) -> None:
     task = build_task()
     folder = calibrate(TrainCalibrationConfig(training=SHORT, attack=InnerAttackConfig(steps=1)), task, tmp_path)
     other = copy.deepcopy(task.encoders["image"])
-    assert load_calibration(folder, other).encoder_hash == load_calibration(folder, task.encoders["image"]).encoder_hash
+    same = load_calibration(folder, other), load_calibration(folder, task.encoders["image"])
+    assert weights_hash(same[0].source) == weights_hash(same[1].source)
     with torch.no_grad():
         next(other.trunk.parameters()).view(-1)[0] += 1e-3
     with pytest.raises(ValueError, match="calibrates an encoder with weights"):

@@ -87,7 +87,7 @@ def test_arms_are_paired_with_the_first(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / name).mkdir()
         (tmp_path / name / "log.jsonl").write_text('{"step": 7, "validation/action_error": 0.5}\n{"step": 9}\n')
     monkeypatch.setattr(compared, "start_training", lambda *_: None)
-    monkeypatch.setattr(compared, "chunk_milliseconds", lambda *_: dict.fromkeys(solved, 24.0))
+    monkeypatch.setattr(compared, "arms_milliseconds", lambda *_: dict.fromkeys(solved, 24.0))
     monkeypatch.setattr(compared, "evaluate_arm", lambda arm, *_: [episode(0, i, s) for i, s in enumerate(solved[arm.name])])
     options = argparse.Namespace(dataset="D", tasks="", minutes=1, suite="libero_object", concurrent=2)
     rows = compared.compare_arms(found, tmp_path, options)
@@ -179,7 +179,7 @@ def test_a_chunk_is_timed_on_what_a_whole_episode_shows(point_policies, monkeypa
     assert len(seen) > 1 and not seen[0].state.any() and len({each.state.tobytes() for each in seen}) == len(seen)
     asked = []
     monkeypatch.setattr(PointPolicy, "act", lambda self, observations, **_: asked.extend(each.state.tobytes() for each in observations))
-    studies.chunk_milliseconds({"base": config}, argparse.Namespace(threads=1, repetitions=1))
+    studies.variants_milliseconds({"base": config}, argparse.Namespace(threads=1, repetitions=1))
     assert set(asked) == {each.state.tobytes() for each in seen}
 
 

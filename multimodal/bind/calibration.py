@@ -78,7 +78,6 @@ class CalibratedEncoder(nn.Module):
         self.placement = placement
         self.modality, self.dimension = encoder.modality, encoder.dimension
         self.box, self.logit_scale = encoder.box, encoder.logit_scale
-        self.encoder_hash = weights_hash(encoder)
         self._source = [encoder]  # in lists, so that a trunk is a submodule once, and the frozen one never
         self._encoder = [copy.deepcopy(encoder)]
         self.trunk = trunk_of(self._encoder[0]).eval()
@@ -98,9 +97,14 @@ class CalibratedEncoder(nn.Module):
         self.trunk.eval()
         return self
 
+    @property
+    def source(self) -> ModalityEncoder:
+        """The frozen encoder that was given."""
+        return self._source[0]
+
     def merged(self) -> "CalibratedEncoder":
         """A calibrated encoder whose trunk holds the adapters' changes in its own weights: no cost at inference."""
-        merged = CalibratedEncoder(self._source[0], replace(self.placement, adapters=NO_ADAPTERS))
+        merged = CalibratedEncoder(self.source, replace(self.placement, adapters=NO_ADAPTERS))
         merged.trunk.load_state_dict(merged_state(self.trunk))
         merged.head.load_state_dict(self.head.state_dict())
         return merged.eval().requires_grad_(False)
@@ -163,7 +167,7 @@ def save_calibration(folder: Path, model: CalibratedEncoder, state: Mapping[str,
     """Write the trainable weights alone; the encoder they belong to comes from its task."""
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     weights = {name: value for name, value in state.items() if name in names}
-    of = {"modality": model.modality, "encoder": model.encoder_hash}
+    of = {"modality": model.modality, "encoder": weights_hash(model.source)}
     config = {"format": FORMAT, **of, "placement": _plain(asdict(model.placement)), **facts}
     return save_checkpoint(folder, model_state=weights, config=config)
 
@@ -176,12 +180,13 @@ def load_calibration(folder: Path, encoder: ModalityEncoder) -> CalibratedEncode
             f"{folder} holds {found.config.get('format')!r} for {found.config.get('modality')!r}; needed: {FORMAT!r} for "
             f"{encoder.modality!r}. Train one: vla calibrate train --modality={encoder.modality}."
         )
-    model = CalibratedEncoder(encoder, PlacementConfig.from_dict(found.config["placement"]))
-    if found.config.get("encoder", model.encoder_hash) != model.encoder_hash:  # folders of before say nothing of their encoder
+    wanted, given = found.config.get("encoder"), weights_hash(encoder)
+    if wanted != given:
         raise ValueError(
-            f"{folder} calibrates an encoder with weights {found.config['encoder']}; this task's has {model.encoder_hash}. Give the "
-            "task that it was trained on (its model may have been trained on since), or calibrate again."
+            f"{folder} calibrates an encoder with weights {wanted}; this task's has {given}. Give the task that it was trained on "
+            "(its model may have been trained on since), or calibrate again."
         )
+    model = CalibratedEncoder(encoder, PlacementConfig.from_dict(found.config["placement"]))
     names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     load_weights(model, found.state, folder, only=names)
     return model.eval()

@@ -6,7 +6,6 @@ load hits them alike. Finished parts are kept, and a second call goes on from th
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,6 @@ from sim.results import ROWS, EpisodeRow, differences, latest_episodes
 from sim.shards import episode_list
 from sim.suites import get_suite
 from tests.benchmarks import studies
-from tests.benchmarks.harness import interleaved, quiet_machine
 from vla.home import remask_home
 
 VLA = [sys.executable, "-m", "vla.cli"]
@@ -62,32 +60,25 @@ def compare_arms(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -
         for arm in group:
             (root / arm.name / "done").touch()
     found = {arm.name: evaluate_arm(arm, root, options) for arm in arms}
-    milliseconds = chunk_milliseconds(arms, root, options)
+    milliseconds = arms_milliseconds(arms, root, options)
     return [[*row, milliseconds[row[0]], *end_of_training(root / row[0])] for row in studies.study_rows(found, arms[0].name)]
 
 
-def chunk_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a chunk for one robot, images to actions: mean over the first demonstration, median of repetitions, arms
-    in turn."""
+def arms_milliseconds(arms: Sequence[Arm], root: Path, options: argparse.Namespace) -> dict[str, float]:
+    """`studies.chunk_milliseconds` of the arms along the first demonstration."""
     import numpy as np
-    import torch
 
     from vla.frame_cache import FrameCache
     from vla.interface import Observation
     from vla.policy import load_policy
 
-    torch.set_num_threads(options.threads)
     cache = FrameCache.open(options.dataset)
     instruction = cache.instructions[cache.episode_instructions[0]]
     seen = [
         Observation({camera: np.array(images[frame]) for camera, images in cache.images.items()}, cache.state[frame], instruction)
         for frame in range(0, int(cache.episode_starts[1]), studies.STRIDE)
     ]
-    policies = {arm.name: load_policy(policy_of(arm, root)) for arm in arms}
-    with quiet_machine():
-        calls = {name: lambda policy=policy: [policy.act([each]) for each in seen] for name, policy in policies.items()}
-        seconds = interleaved(calls, options.repetitions)
-    return {name: 1e3 * statistics.median(values) / len(seen) for name, values in seconds.items()}
+    return studies.chunk_milliseconds({arm.name: load_policy(policy_of(arm, root)) for arm in arms}, seen, options)
 
 
 def check_arm(arm: Arm, root: Path, options: argparse.Namespace) -> None:

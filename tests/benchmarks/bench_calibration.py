@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     options.seeds = options.seeds or ([0, 1, 2] if options.headline else [0])
     options.samples = max(256, options.samples) if options.headline else options.samples
     kind = "headline" if options.headline else "reduced"
-    name = f"calibration-{options.task.replace(':', '.')}-{options.epsilon:g}-{options.steps}-{kind}-{options.split}"
+    name = f"calibration-{options.task.replace(':', '.')}-{options.epsilon:g}-{options.steps}x{options.inner_steps}-{kind}-{options.split}"
     root = options.root or remask_home() / "bench" / name
     if options.arm:
         run_arm(Arm(**json.loads(options.arm)), options, root)

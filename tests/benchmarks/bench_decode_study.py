@@ -15,7 +15,7 @@ from typing import Any
 from sim.evaluate import EvaluateConfig
 from sim.policy_source import PolicySource
 from tests.benchmarks.harness import parser, report
-from tests.benchmarks.studies import COLUMNS, add_study_options, base_config, chunk_milliseconds, evaluate_variants, study_rows
+from tests.benchmarks.studies import COLUMNS, add_study_options, base_config, evaluate_variants, study_rows, variants_milliseconds
 from vla.home import remask_home
 from vla.unmasking import REMASK_RULES, DecodeConfig
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     root = options.root or remask_home() / "bench" / f"decode-{options.suite}-{policy.content_hash[:8]}"
     variants = variants_of(base_config(options), decode, {name: FACTORS[name] for name in options.factors})
     found = evaluate_variants(variants, root)
-    milliseconds = chunk_milliseconds(variants, options)
+    milliseconds = variants_milliseconds(variants, options)
     rows = [[*row, milliseconds[row[0]]] for row in study_rows(found, "base")]
     columns = ["decoding", *COLUMNS, "ms per chunk"]
     plot([dict(zip(columns, row, strict=True)) for row in rows], decode, root / "decode_study.png")

@@ -6,7 +6,7 @@ Every setting is an evaluation folder under `root`; `vla report` reads the same 
 import argparse
 import os
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from sim.results import EpisodeRow, mean, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_suite
 from tests.benchmarks.harness import interleaved, quiet_machine
-from vla.interface import Observation
+from vla.interface import Observation, Policy
 
 COLUMNS = ("success %", "95 % low", "95 % high", "n", "errors", "difference", "low", "high", "p", "rounds", "jerk")
 STRIDE = 10  # steps between the observations that a chunk is timed on
@@ -70,20 +70,26 @@ def study_rows(found: Mapping[str, list[EpisodeRow]], base: str) -> list[list]:
     return rows
 
 
-def chunk_milliseconds(variants: Mapping[str, EvaluateConfig], options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of one robot's chunk, images to actions: mean over an episode, median of repetitions, variants in turn.
+def chunk_milliseconds(
+    policies: Mapping[str, Policy], seen: Sequence[Observation], options: argparse.Namespace
+) -> dict[str, float]:
+    """Milliseconds of one robot's chunk, images to actions: mean over what is seen, median of repetitions, policies in turn.
 
-    Over an episode, since the rounds that a threshold saves depend on what is seen.
+    seen: along an episode, since the rounds that a threshold saves depend on it.
     """
     import torch
 
     torch.set_num_threads(options.threads)
-    seen = observations_along(next(iter(variants.values())))
-    policies = {name: load_source(config.policy, 1) for name, config in variants.items()}
     with quiet_machine():
         calls = {name: lambda policy=policy: [policy.act([each]) for each in seen] for name, policy in policies.items()}
         seconds = interleaved(calls, options.repetitions)
     return {name: 1e3 * statistics.median(values) / len(seen) for name, values in seconds.items()}
+
+
+def variants_milliseconds(variants: Mapping[str, EvaluateConfig], options: argparse.Namespace) -> dict[str, float]:
+    """`chunk_milliseconds` of a study's variants along the expert's episode."""
+    policies = {name: load_source(config.policy, 1) for name, config in variants.items()}
+    return chunk_milliseconds(policies, observations_along(next(iter(variants.values()))), options)
 
 
 def observations_along(config: EvaluateConfig) -> list[Observation]:
