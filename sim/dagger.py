@@ -8,13 +8,15 @@ goes on from the policy's weights on all data so far; validation starts say what
     round_1/corrections  round_1/run  round_1/evaluation, round_2 ...
     rounds.json  rounds.png                           success against labels
 
+With `control` each round trains a second policy as long on the demonstrations alone, from the control before it, and judges it on
+the same starts (control_run, control_evaluation): what the labels brought is the distance between the two, not that to round 0.
 Everything resumes: the same command goes on where it was stopped.
 """
 
 import functools
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 from sim import correction, demonstration, packing
 from sim.correction import CorrectionJob, CorrectionSettings
+from sim.dagger_rounds import Round, write_rounds
 from sim.environment import Environment
 from sim.evaluate import EvaluateConfig, check_robot, evaluate
 from sim.evaluate import check as check_evaluation
@@ -32,7 +35,7 @@ from sim.folder_lock import locked
 from sim.job_queue import ErrorCount, JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.policy_source import PolicySource, answer, policy_threads
-from sim.results import ROWS, SETTINGS, append_row, differences, read_rows, tally
+from sim.results import ROWS, SETTINGS, Tally, append_row, differences, read_rows, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
@@ -67,6 +70,7 @@ class DaggerConfig:
     execution_horizon: int | None = None  # actions executed of each chunk; default: as `vla eval`
     max_steps: int | None = None  # default: the suite's openpi limit
     mesh_detail: float = 1.0  # of the corrections' frames, see `vla collect`; evaluation draws the meshes as they are
+    control: bool = False  # in each round also train as long without corrections, and evaluate: twice the time
     workers: int = 2  # simulator processes
 
     @property
@@ -88,21 +92,8 @@ class DaggerConfig:
     @property
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with its beginning."""
-        left_out = ("output_dir", "rounds", "workers")
+        left_out = ("output_dir", "rounds", "workers", "control")  # more of either may be asked for later
         return {key: str(value) for key, value in asdict(self).items() if key not in left_out}
-
-
-@dataclass(frozen=True)
-class Round:
-    """What one round left."""
-
-    number: int
-    policy: str
-    labels: int  # labelled states so far, of corrections
-    successes: int
-    episodes: int
-    interval_95: tuple[float, float]
-    corrected_success: float | None  # success of the mixture during the corrections
 
 
 def dagger(
@@ -111,7 +102,7 @@ def dagger(
     build: Callable[..., Environment] = build_environment,
     expert: Callable[..., Any] = build_expert,
     load: Callable[[str], Policy] | None = None,
-    train: Callable[[DaggerConfig, int, str, list[Path]], str] | None = None,
+    train: Callable[[DaggerConfig, Path, str, list[Path]], str] | None = None,
 ) -> list[Round]:
     """Run the rounds that are missing; returns all. build, expert: module-level functions; load, train: how a policy comes
     to be (tests give fakes; default: vla.policy, vla.train).
@@ -130,22 +121,36 @@ def dagger(
             if changed:
                 raise ValueError(f"{config.root} holds another run: {changed}. Use another --output_dir.")
         settings.write_text(json.dumps(config.identity, indent=1))
-        policy_path, data, labels, rounds = config.policy, [Path(p).expanduser() for p in config.dataset], 0, []
-        rounds.append(evaluate_round(config, 0, policy_path, labels, None, build, load))
+        demonstrations = [Path(path).expanduser() for path in config.dataset]
+        policy_path, data, labels, rounds = config.policy, list(demonstrations), 0, []
+        judge = functools.partial(evaluate_policy, config, build=build, load=load)
+        first = judge(config.root / "round_0" / "evaluation", policy_path)
+        rounds.append(Round(0, policy_path, labels, first.successes, first.episodes, first.interval, None))
+        control_path = policy_path
         for number in range(1, config.rounds + 1):
-            folder = config.root / f"round_{number}" / "corrections"
+            root = config.root / f"round_{number}"
+            folder = root / "corrections"
             report = collect_corrections(config, number, load(policy_path), folder, build, expert)
             labels += report["labels"]
             data.append(folder)
-            policy_path = train(config, number, policy_path, data)
-            rounds.append(evaluate_round(config, number, policy_path, labels, report["success"], build, load))
+            policy_path = train(config, root / "run", policy_path, data)
+            count = judge(root / "evaluation", policy_path)
+            done = Round(number, policy_path, labels, count.successes, count.episodes, count.interval, report["success"])
+            if config.control:
+                control_path = train(config, root / "control_run", control_path, demonstrations)
+                count = judge(root / "control_evaluation", control_path)
+                done = replace(
+                    done, control_policy=control_path, control_successes=count.successes, control_episodes=count.episodes,
+                    control_interval_95=count.interval,
+                )  # fmt: skip
+            rounds.append(done)
             write_rounds(config.root, rounds)
     return rounds
 
 
 def check(config: DaggerConfig) -> None:
     """Raise ValueError on settings that cannot be run."""
-    check_evaluation(evaluation_config(config, 0, ""))
+    check_evaluation(evaluation_config(config, "", config.root / "round_0" / "evaluation"))
     for name, low, high in (("mixing", 0, 1), ("decay", 0, 1), ("rounds", 1, 1000), ("episodes", 1, ROUND_STARTS)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: {low} to {high}.")
@@ -167,7 +172,7 @@ def collect_corrections(
         suite=config.suite,
         image_size=policy.spec.image_size,
         action_horizon=policy.action_horizon,
-        execution_horizon=evaluation_config(config, number, "").execution_horizon or policy.action_horizon,
+        execution_horizon=evaluation_config(config, "", folder).execution_horizon or policy.action_horizon,
         max_steps=config.step_limit,
         mixing=config.mixing_of(number),
         folder=staged,
@@ -247,26 +252,22 @@ def run_corrections(
     return RobotSpec.from_dict(specs[0])
 
 
-def evaluation_config(config: DaggerConfig, number: int, policy_path: str) -> EvaluateConfig:
-    """How a round's policy is evaluated, on validation starts."""
+def evaluation_config(config: DaggerConfig, policy_path: str, folder: Path) -> EvaluateConfig:
+    """How a policy of the run is evaluated, on validation starts."""
     settings = EvaluateConfig(
         policy=PolicySource(path=policy_path), suite=config.suite, tasks=config.tasks, episodes=config.evaluation_episodes,
         workers=config.workers, execution_horizon=config.execution_horizon, max_steps=config.max_steps, resume=True,
-        output_dir=config.root / f"round_{number}" / "evaluation",
+        output_dir=folder,
     )  # fmt: skip
     if settings.execution_horizon is None:
         settings = replace(settings, execution_horizon=get_protocol(settings.protocol_name).execution_horizon)
     return settings
 
 
-def evaluate_round(
-    config: DaggerConfig, number: int, policy_path: str, labels: int, corrected: float | None, build: Callable, load: Callable
-) -> Round:
+def evaluate_policy(config: DaggerConfig, folder: Path, policy_path: str, build: Callable, load: Callable) -> Tally:
     policy = load(policy_path)
     checkpoint = getattr(policy, "content_hash", policy_path)
-    rows = evaluate(evaluation_config(config, number, policy_path), policy, checkpoint, build=build)
-    count = tally(rows)
-    return Round(number, policy_path, labels, count.successes, count.episodes, count.interval, corrected)
+    return tally(evaluate(evaluation_config(config, policy_path, folder), policy, checkpoint, build=build))
 
 
 def load_torch_policy(path: str) -> Policy:
@@ -275,12 +276,12 @@ def load_torch_policy(path: str) -> Policy:
     return load_policy(path)
 
 
-def train_round(config: DaggerConfig, number: int, policy_path: str, data: list[Path]) -> str:
-    """Go on training from the policy's weights on all data; the new policy's folder."""
+def train_round(config: DaggerConfig, run: Path, policy_path: str, data: list[Path]) -> str:
+    """Go on training from the policy's weights on `data`; the new policy's folder."""
     from multimodal.training_state import last_checkpoint
     from vla.train import finished_policy, train_policy
 
-    settings = training_settings(config, number, policy_path, data)
+    settings = training_settings(config, run, policy_path, data)
     done = finished_policy(settings)
     return str(done or train_policy(replace(settings, resume=last_checkpoint(settings.output_dir) is not None)))
 
@@ -290,16 +291,16 @@ def check_training(config: DaggerConfig) -> None:
     from vla.data import WindowMixture
     from vla.train import begin, open_windows
 
-    settings = training_settings(config, 1, config.policy, [Path(path).expanduser() for path in config.dataset])
+    data = [Path(path).expanduser() for path in config.dataset]
+    settings = training_settings(config, config.root / "round_1" / "run", config.policy, data)
     begin(settings, WindowMixture(open_windows(settings, held_out=False), settings.dataset.weights))
 
 
-def training_settings(config: DaggerConfig, number: int, policy_path: str, data: list[Path]) -> "TrainConfig":
+def training_settings(config: DaggerConfig, run: Path, policy_path: str, data: list[Path]) -> "TrainConfig":
     """Those of `vla train` in a round."""
     from vla.cli import parse_config
     from vla.train import TrainConfig
 
-    run = config.root / f"round_{number}" / "run"
     arguments = [f"--config_path={config.train}", f"--output_dir={run}", f"--start_from={policy_path}"]
     arguments.append("--dataset.root=[" + ", ".join(str(path) for path in data) + "]")
     if config.minutes is not None:
@@ -312,26 +313,6 @@ def training_settings(config: DaggerConfig, number: int, policy_path: str, data:
     return parse_config(TrainConfig, arguments, verb="train")
 
 
-def write_rounds(root: Path, rounds: Sequence[Round]) -> None:
-    """rounds.json and the curve."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    (root / "rounds.json").write_text(json.dumps([asdict(each) for each in rounds], indent=1))
-    rates = [each.successes / max(each.episodes, 1) for each in rounds]
-    spread = [
-        [rate - each.interval_95[0] for rate, each in zip(rates, rounds)],
-        [each.interval_95[1] - rate for rate, each in zip(rates, rounds)],
-    ]
-    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-    axes.errorbar([each.labels for each in rounds], rates, yerr=spread, marker="o", capsize=3)
-    axes.set(xlabel="labelled states of corrections", ylabel="success on validation starts", ylim=(-0.02, 1.02))
-    figure.savefig(root / "rounds.png", dpi=150)
-    pyplot.close(figure)
-
-
 def main(argv: list[str]) -> int:
     """`vla dagger`."""
     from vla.cli import parse_config
@@ -339,7 +320,7 @@ def main(argv: list[str]) -> int:
     config = parse_config(DaggerConfig, argv, verb="dagger")
     rounds = dagger(config)
     table = Table(title=f"DAgger on {config.suite}, validation starts")
-    for heading in ("round", "labels", "solved", "%", "95 %", "mixture %"):
+    for heading in ("round", "labels", "solved", "%", "95 %", "mixture %", "no labels, as long: solved"):
         table.add_column(heading, justify="right")
     for each in rounds:
         low, high = each.interval_95
@@ -348,6 +329,7 @@ def main(argv: list[str]) -> int:
         table.add_row(
             str(each.number), str(each.labels), f"{each.successes}/{each.episodes}", f"{100 * rate:.1f}",
             f"{100 * low:.0f}-{100 * high:.0f}", mixture,
+            "-" if each.control_successes is None else f"{each.control_successes}/{each.control_episodes}",
         )  # fmt: skip
     show(table)
     print(f"curve: {config.root / 'rounds.png'}\npolicy: {rounds[-1].policy}")

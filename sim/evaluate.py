@@ -321,5 +321,6 @@ def main(argv: list[str]) -> None:
     rows = evaluate(config, policy, policy.content_hash)
     folder = output_dir(config, policy.content_hash)
     under = "" if config.perturb.kind == NONE else f", {config.perturb.kind} perturbed at severity {config.perturb.severity}"
+    under += f", under attack: {attack_config(config.attack).name}" if config.attack else ""
     show(success_table(rows, f"{config.suite}, {config.split} starts, {config.protocol_name} protocol{under}"))
     print(f"{tally(rows)}. Rows, eval_info.json{' and videos' if config.videos else ''}: {folder}")

@@ -90,11 +90,12 @@ class Trainings:
     """Stands in for training: each round's policy is less noisy; remembers on what it was trained."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[int, str, list[Path]]] = []
+        self.calls: list[tuple[str, str, list[str]]] = []
 
-    def train(self, config: DaggerConfig, number: int, policy: str, data: list[Path]) -> str:
-        self.calls.append((number, policy, list(data)))
-        return f"0.{2 // number}"
+    def train(self, config: DaggerConfig, run: Path, policy: str, data: list[Path]) -> str:
+        number = int(run.parent.name.removeprefix("round_"))
+        self.calls.append((f"{run.parent.name}/{run.name}", policy, [path.parent.name for path in data]))
+        return f"0.{2 // number}" if run.name == "run" else f"0.{5 - number}"
 
     @staticmethod
     def load(path: str) -> PointPolicy:
@@ -119,12 +120,30 @@ def test_rounds_add_their_labels_go_on_from_the_last_policy_and_resume(tmp_path,
     caches = [FrameCache.open(config.root / f"round_{number}" / "corrections") for number in (1, 2)]
     assert [each.labels for each in rounds] == [0, caches[0].num_frames, caches[0].num_frames + caches[1].num_frames]
     assert [cache.num_episodes for cache in caches] == [6, 6]
-    assert [(number, policy, len(data)) for number, policy, data in trainings.calls] == [(1, "0.4", 2), (2, "0.2", 3)]
+    alone = tmp_path.name
+    expected = [("round_1/run", "0.4", [alone, "round_1"]), ("round_2/run", "0.2", [alone, "round_1", "round_2"])]
+    assert trainings.calls == expected
     assert (config.root / "rounds.png").stat().st_size > 0
     assert json.loads((config.root / "rounds.json").read_text())[2]["policy"] == "0.1"
     (config.root / "round_2" / "corrections" / "corrections.json").unlink()  # as if killed while packing
     again = go(config, Trainings())
     assert [replace(each, interval_95=()) for each in again] == [replace(each, interval_95=()) for each in rounds]
+
+
+def test_a_control_trains_as_often_on_demonstrations_alone_and_may_be_asked_for_later(tmp_path, three_tasks):
+    config, trainings = settings(tmp_path), Trainings()
+    without = go(config, Trainings())
+    rounds = go(replace(config, control=True), trainings)
+    alone = [(run, policy, data) for run, policy, data in trainings.calls if run.endswith("control_run")]
+    assert alone == [("round_1/control_run", "0.4", [tmp_path.name]), ("round_2/control_run", "0.4", [tmp_path.name])]
+    assert [each.successes for each in rounds] == [each.successes for each in without], "the rounds are what they were"
+    assert [each.control_policy for each in rounds] == [None, "0.4", "0.3"]
+    for number in (1, 2):
+        starts = [
+            [(row["task"], row["seed"]) for row in read_rows(config.root / f"round_{number}" / name / "episodes.jsonl")]
+            for name in ("evaluation", "control_evaluation")
+        ]
+        assert sorted(starts[0]) == sorted(starts[1])
 
 
 def test_what_cannot_be_trained_on_is_refused_before_the_first_episode(tmp_path, three_tasks):

@@ -108,6 +108,10 @@ def test_json_files_and_other_folders_become_tables(tmp_path: Path):
     (tmp_path / "dagger").mkdir()
     (tmp_path / "dagger" / "rounds.json").write_text(json.dumps(rounds))
     assert cells(build_section("dagger", tmp_path), 0) == ["0", "0", "3/4", "75 % [30.0, 95.0]", "-"]
+    control = {"control_successes": 2, "control_episodes": 4, "control_interval_95": [0.1, 0.9]}
+    rounds.append(rounds[0] | {"number": 1, "labels": 9, "corrected_success": 0.5} | control)
+    (tmp_path / "dagger" / "rounds.json").write_text(json.dumps(rounds))
+    assert cells(build_section("dagger", tmp_path), 1) == ["1", "9", "3/4", "75 % [30.0, 95.0]", "50 %", "2/4", "50 % [10.0, 90.0]"]
     (tmp_path / "data").mkdir()
     each = {"successes": 3, "episodes": 4, "errors": 0, "interval_95": [0.3, 0.95], "mean_steps": 90.5}
     (tmp_path / "data" / "collect.json").write_text(json.dumps({"suite": "s", "expert": {"0": each}, "expert_all": each}))

@@ -1,16 +1,18 @@
 """Sections made of JSON files: benchmarks, DAgger rounds, collections, experts, scaling fits."""
 
+import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sim.dagger_rounds import FILE, draw_rounds
 from sim.report.evaluations import shortened
 from sim.report.section import Section, markdown_table, percent
 from sim.results import SETTINGS, wilson
 
-SHOWN = ("episodes", "mixing", "decay", "minutes")  # settings of `vla dagger`
+SHOWN = ("episodes", "mixing", "decay", "minutes", "steps")  # settings of `vla dagger`
 BENCH_KEYS = ("benchmark", "rows", "command", "git_commit", "machine", "versions", "time")  # the others: a benchmark's own
 
 
@@ -43,31 +45,31 @@ def told(value: Any) -> str:
 
 def dagger(folder: Path) -> Section:
     """rounds.json of `vla dagger`: success against labels."""
-    rounds = json.loads((folder / "rounds.json").read_text())
+    rounds = json.loads((folder / FILE).read_text())
+    controlled = any(each.get("control_successes") is not None for each in rounds)
+    columns = ["round", "labels", "solved", "success [95 %]", "mixture while correcting"]
+    columns += ["as long without labels: solved", "success [95 %]"] if controlled else []
     lines = [
         [each["number"], each["labels"], *rate_cells(each),
-         None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %"]
+         None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %",
+         *(control_cells(each) if controlled else [])]
         for each in rounds
     ]  # fmt: skip
     settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else {}
-
-    def draw(axes: Any) -> None:
-        rates = [each["successes"] / max(each["episodes"], 1) for each in rounds]
-        spread = [
-            [100 * (rate - each["interval_95"][0]) for rate, each in zip(rates, rounds, strict=True)],
-            [100 * (each["interval_95"][1] - rate) for rate, each in zip(rates, rounds, strict=True)],
-        ]
-        axes.errorbar([each["labels"] for each in rounds], [100 * rate for rate in rates], yerr=spread, marker="o", capsize=3)
-        axes.set(xlabel="labelled states of corrections", ylabel="success, % [95 %]", ylim=(-2, 102))
-
     facts = {
         "suite": settings.get("suite", ""),
         "starts": "validation",
         "intervals": "95 % Wilson",
         "settings": ", ".join(f"{key} {settings[key]}" for key in SHOWN if key in settings),
     }
-    table = markdown_table(["round", "labels", "solved", "success [95 %]", "mixture while correcting"], lines)
-    return Section(table, facts, {"labels": draw})
+    return Section(markdown_table(columns, lines), facts, {"labels": functools.partial(draw_rounds, rounds=rounds)})
+
+
+def control_cells(each: Mapping[str, Any]) -> list[str | None]:
+    """`rate_cells` of a round's control; round 0 has none."""
+    if each.get("control_successes") is None:
+        return [None, None]
+    return rate_cells({key: each[f"control_{key}"] for key in ("successes", "episodes", "interval_95")})
 
 
 def rate_cells(row: Mapping[str, Any]) -> list[str]:
