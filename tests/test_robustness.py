@@ -199,3 +199,5 @@ def test_a_calibrated_folder_of_another_modality_is_refused(tmp_path: Path) -> N
         _report(modality="sonar")
     with pytest.raises(ValueError, match="at least one epsilon"):
         _report(epsilons=())
+    with pytest.raises(ValueError, match="one thread"):
+        _report(threads=0)

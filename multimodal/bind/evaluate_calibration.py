@@ -42,12 +42,13 @@ class EvaluateCalibrationConfig:
     smoothing: SmoothingConfig = field(default_factory=SmoothingConfig)
     sanity_samples: int = 64
     sanity: SanityConfig = field(default_factory=SanityConfig)
+    threads: int | None = None  # of torch; none leaves torch's choice, which is slow beside another job: give 1 there
     output_dir: Path | None = None  # default: REMASK_HOME/evaluations/calibration-MODALITY
 
     def __post_init__(self) -> None:
         check_choice("EvaluateCalibrationConfig", "reference", self.reference, ("reduced", "standard"))
-        if not self.epsilons or not self.seeds or self.samples < 1:
-            raise ValueError("An evaluation needs at least one epsilon, one seed and one sample.")
+        if not self.epsilons or not self.seeds or self.samples < 1 or (self.threads is not None and self.threads < 1):
+            raise ValueError("An evaluation needs at least one epsilon, one seed, one sample and one thread.")
 
     @property
     def suite(self) -> AttackSuite:
@@ -56,6 +57,8 @@ class EvaluateCalibrationConfig:
 
 def evaluate_calibration(config: EvaluateCalibrationConfig, task: BindTask) -> RobustnessReport:
     """Judge the encoder(s) of one modality. Raises ValueError on a task or folder that does not fit."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     frozen = task.check(config.modality)
     encoders = {"frozen": frozen}
     shares = f"{config.modality}: nothing trained, {count_weights(trunk_of(frozen))} weights in its tower"
