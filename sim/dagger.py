@@ -35,7 +35,7 @@ from sim.folder_lock import locked
 from sim.job_queue import ErrorCount, JobQueue
 from sim.light_meshes import check_mesh_detail
 from sim.policy_source import PolicySource, answer, policy_threads
-from sim.results import ROWS, SETTINGS, Tally, append_row, differences, read_rows, tally
+from sim.results import ROWS, SETTINGS, append_row, differences, read_rows, tally
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
@@ -123,9 +123,8 @@ def dagger(
         settings.write_text(json.dumps(config.identity, indent=1))
         demonstrations = [Path(path).expanduser() for path in config.dataset]
         policy_path, data, labels, rounds = config.policy, list(demonstrations), 0, []
-        judge = functools.partial(evaluate_policy, config, build=build, load=load)
-        first = judge(config.root / "round_0" / "evaluation", policy_path)
-        rounds.append(Round(0, policy_path, labels, first.successes, first.episodes, first.interval, None))
+        judge = functools.partial(evaluate_round, config, build=build, load=load)
+        rounds.append(judge(0, "evaluation", policy_path, labels))
         control_path = policy_path
         for number in range(1, config.rounds + 1):
             root = config.root / f"round_{number}"
@@ -134,15 +133,10 @@ def dagger(
             labels += report["labels"]
             data.append(folder)
             policy_path = train(config, root / "run", policy_path, data)
-            count = judge(root / "evaluation", policy_path)
-            done = Round(number, policy_path, labels, count.successes, count.episodes, count.interval, report["success"])
+            done = replace(judge(number, "evaluation", policy_path, labels), corrected_success=report["success"])
             if config.control:
                 control_path = train(config, root / "control_run", control_path, demonstrations)
-                count = judge(root / "control_evaluation", control_path)
-                done = replace(
-                    done, control_policy=control_path, control_successes=count.successes, control_episodes=count.episodes,
-                    control_interval_95=count.interval,
-                )  # fmt: skip
+                done = replace(done, control=judge(number, "control_evaluation", control_path, 0))
             rounds.append(done)
             write_rounds(config.root, rounds)
     return rounds
@@ -264,10 +258,15 @@ def evaluation_config(config: DaggerConfig, policy_path: str, folder: Path) -> E
     return settings
 
 
-def evaluate_policy(config: DaggerConfig, folder: Path, policy_path: str, build: Callable, load: Callable) -> Tally:
+def evaluate_round(
+    config: DaggerConfig, number: int, name: str, policy_path: str, labels: int, build: Callable, load: Callable
+) -> Round:
+    """The round's policy on validation starts, kept in round_NUMBER/NAME."""
     policy = load(policy_path)
     checkpoint = getattr(policy, "content_hash", policy_path)
-    return tally(evaluate(evaluation_config(config, policy_path, folder), policy, checkpoint, build=build))
+    settings = evaluation_config(config, policy_path, config.root / f"round_{number}" / name)
+    count = tally(evaluate(settings, policy, checkpoint, build=build))
+    return Round(number, policy_path, labels, count.successes, count.episodes, count.interval)
 
 
 def load_torch_policy(path: str) -> Policy:
@@ -329,7 +328,7 @@ def main(argv: list[str]) -> int:
         table.add_row(
             str(each.number), str(each.labels), f"{each.successes}/{each.episodes}", f"{100 * rate:.1f}",
             f"{100 * low:.0f}-{100 * high:.0f}", mixture,
-            "-" if each.control_successes is None else f"{each.control_successes}/{each.control_episodes}",
+            "-" if each.control is None else f"{each.control.successes}/{each.control.episodes}",
         )  # fmt: skip
     show(table)
     print(f"curve: {config.root / 'rounds.png'}\npolicy: {rounds[-1].policy}")

@@ -19,11 +19,8 @@ class Round:
     successes: int
     episodes: int
     interval_95: tuple[float, float]
-    corrected_success: float | None  # success of the mixture during the corrections
-    control_policy: str | None = None  # as much training, no corrections
-    control_successes: int | None = None
-    control_episodes: int | None = None
-    control_interval_95: tuple[float, float] | None = None
+    corrected_success: float | None = None  # success of the mixture during the corrections
+    control: "Round | None" = None  # as much training without labels, on the same starts
 
 
 def write_rounds(root: Path, rounds: Sequence[Round]) -> None:
@@ -43,17 +40,17 @@ def write_rounds(root: Path, rounds: Sequence[Round]) -> None:
 
 def draw_rounds(axes: Any, rounds: Sequence[Mapping[str, Any]]) -> None:
     """Success in % with 95 % intervals against labels; dashed, at the same places: as much training without them."""
-    curves = {"": ("with corrections", "-"), "control_": ("as long on demonstrations alone", "--")}
-    for prefix, (label, style) in curves.items():
-        points = [each for each in rounds if each.get(f"{prefix}successes") is not None]
+    judged = [(each["labels"], each) for each in rounds]
+    controls = [(each["labels"], each["control"]) for each in rounds if each.get("control")]
+    for points, label, style in ((judged, "with corrections", "-"), (controls, "as long on demonstrations alone", "--")):
         if not points:
             continue
-        rates = [100 * each[f"{prefix}successes"] / max(each[f"{prefix}episodes"], 1) for each in points]
-        bounds = [[100 * bound for bound in each[f"{prefix}interval_95"]] for each in points]
+        rates = [100 * each["successes"] / max(each["episodes"], 1) for _, each in points]
+        bounds = [[100 * bound for bound in each["interval_95"]] for _, each in points]
         spread = [
             [rate - low for rate, (low, _) in zip(rates, bounds, strict=True)],
             [high - rate for rate, (_, high) in zip(rates, bounds, strict=True)],
         ]
-        axes.errorbar([each["labels"] for each in points], rates, yerr=spread, marker="o", linestyle=style, capsize=3, label=label)
+        axes.errorbar([labels for labels, _ in points], rates, yerr=spread, marker="o", linestyle=style, capsize=3, label=label)
     axes.set(xlabel="labelled states of corrections", ylabel="success, % [95 %]", ylim=(-2, 102))
     axes.legend(loc="lower right")

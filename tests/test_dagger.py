@@ -137,7 +137,7 @@ def test_a_control_trains_as_often_on_demonstrations_alone_and_may_be_asked_for_
     alone = [(run, policy, data) for run, policy, data in trainings.calls if run.endswith("control_run")]
     assert alone == [("round_1/control_run", "0.4", [tmp_path.name]), ("round_2/control_run", "0.4", [tmp_path.name])]
     assert [each.successes for each in rounds] == [each.successes for each in without], "the rounds are what they were"
-    assert [each.control_policy for each in rounds] == [None, "0.4", "0.3"]
+    assert [each.control and each.control.policy for each in rounds] == [None, "0.4", "0.3"]
     for number in (1, 2):
         starts = [
             [(row["task"], row["seed"]) for row in read_rows(config.root / f"round_{number}" / name / "episodes.jsonl")]

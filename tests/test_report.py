@@ -108,8 +108,8 @@ def test_json_files_and_other_folders_become_tables(tmp_path: Path):
     (tmp_path / "dagger").mkdir()
     (tmp_path / "dagger" / "rounds.json").write_text(json.dumps(rounds))
     assert cells(build_section("dagger", tmp_path), 0) == ["0", "0", "3/4", "75 % [30.0, 95.0]", "-"]
-    control = {"control_successes": 2, "control_episodes": 4, "control_interval_95": [0.1, 0.9]}
-    rounds.append(rounds[0] | {"number": 1, "labels": 9, "corrected_success": 0.5} | control)
+    control = {"successes": 2, "episodes": 4, "interval_95": [0.1, 0.9]}
+    rounds.append(rounds[0] | {"number": 1, "labels": 9, "corrected_success": 0.5, "control": control})
     (tmp_path / "dagger" / "rounds.json").write_text(json.dumps(rounds))
     assert cells(build_section("dagger", tmp_path), 1) == ["1", "9", "3/4", "75 % [30.0, 95.0]", "50 %", "2/4", "50 % [10.0, 90.0]"]
     (tmp_path / "data").mkdir()

@@ -46,15 +46,14 @@ def told(value: Any) -> str:
 def dagger(folder: Path) -> Section:
     """rounds.json of `vla dagger`: success against labels."""
     rounds = json.loads((folder / FILE).read_text())
-    controlled = any(each.get("control_successes") is not None for each in rounds)
+    controlled = any(each.get("control") for each in rounds)
     columns = ["round", "labels", "solved", "success [95 %]", "mixture while correcting"]
     columns += ["as long without labels: solved", "success [95 %]"] if controlled else []
-    lines = [
-        [each["number"], each["labels"], *rate_cells(each),
-         None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %",
-         *(control_cells(each) if controlled else [])]
-        for each in rounds
-    ]  # fmt: skip
+    lines = []
+    for each in rounds:
+        mixture = None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %"
+        control = rate_cells(each["control"]) if each.get("control") else [None, None]
+        lines.append([each["number"], each["labels"], *rate_cells(each), mixture, *(control if controlled else [])])
     settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else {}
     facts = {
         "suite": settings.get("suite", ""),
@@ -63,13 +62,6 @@ def dagger(folder: Path) -> Section:
         "settings": ", ".join(f"{key} {settings[key]}" for key in SHOWN if key in settings),
     }
     return Section(markdown_table(columns, lines), facts, {"labels": functools.partial(draw_rounds, rounds=rounds)})
-
-
-def control_cells(each: Mapping[str, Any]) -> list[str | None]:
-    """`rate_cells` of a round's control; round 0 has none."""
-    if each.get("control_successes") is None:
-        return [None, None]
-    return rate_cells({key: each[f"control_{key}"] for key in ("successes", "episodes", "interval_95")})
 
 
 def rate_cells(row: Mapping[str, Any]) -> list[str]:
