@@ -42,6 +42,7 @@ def draw_rounds(axes: Any, rounds: Sequence[Mapping[str, Any]]) -> None:
     """Success in % with 95 % intervals against labels; dashed, at the same places: as much training without them."""
     judged = [(each["labels"], each) for each in rounds]
     controls = [(each["labels"], each["control"]) for each in rounds if each.get("control")]
+    controls = [judged[0], *controls] if controls else []  # both begin at the same policy
     for points, label, style in ((judged, "with corrections", "-"), (controls, "as long on demonstrations alone", "--")):
         if not points:
             continue

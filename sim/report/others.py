@@ -59,7 +59,7 @@ def dagger(folder: Path) -> Section:
         "suite": settings.get("suite", ""),
         "starts": "validation",
         "intervals": "95 % Wilson",
-        "settings": ", ".join(f"{key} {settings[key]}" for key in SHOWN if key in settings),
+        "settings": ", ".join(f"{key} {settings[key]}" for key in SHOWN if settings.get(key, "None") != "None"),
     }
     return Section(markdown_table(columns, lines), facts, {"labels": functools.partial(draw_rounds, rounds=rounds)})
 
