@@ -17,7 +17,7 @@ from sim.results import append_row
 from tests.benchmarks import arms as compared
 from tests.benchmarks import bench_options, bench_prefix, harness, studies
 from tests.benchmarks.bench_decode_study import FACTORS, plot, variants_of
-from tests.benchmarks.bench_options import OPTIONS, arms_of
+from tests.benchmarks.bench_options import OPTIONS, arms_of, chosen
 from tests.benchmarks.bench_prefix import COMPRESSORS
 from tests.point_world import PointPolicy, build_point_world, point_expert
 from tests.test_evaluate import CHECKPOINT, settings, three_tasks  # noqa: F401 (three_tasks is a fixture)
@@ -65,6 +65,16 @@ def test_an_option_changes_one_section_of_the_base(tmp_path: Path):
     assert found[-1].settings == ("--policy.backbone.path=VLM",)
     names = [arm.name for arm in found]
     assert len(names) == len(set(names)) and "objective-hl_gauss" not in names and "mask_draws-2" not in names
+
+
+def test_an_option_is_tried_at_all_its_values_or_at_those_named(tmp_path: Path):
+    _, found = arms(tmp_path, options=["mask_draws=8,1", "objective=earth_mover"])
+    assert [arm.name for arm in found] == ["base", "mask_draws-8", "mask_draws-1", "objective-earth_mover"]
+    assert chosen("mask_draws") == ("mask_draws", tuple(OPTIONS["mask_draws"]))
+    with pytest.raises(ValueError, match=r"no option 'masks'; there are replace_visible, .*augmentation"):
+        chosen("masks=1")
+    with pytest.raises(ValueError, match=r"mask_draws has no value 3; it has 1, 2, 4, 8"):
+        chosen("mask_draws=1,3")
 
 
 def test_further_seeds_train_the_base_again_and_the_first_trains_all(tmp_path: Path):

@@ -1,6 +1,7 @@
 """What is trained for, option by option: each arm changes one thing of the base; same data, budget and validation starts.
 
     vla bench options [--options replace_visible objective ...] [--seeds 0 1] [--suite libero_object --config ... --dataset ...]
+    vla bench options --options mask_draws=1 objective=cross_entropy,earth_mover    # of an option only these values
 
 Visible-token corruption, objectives, known prefix, mask draws, image size, augmentation, and, with --backbone, starting from a
 published vision-language model. The first row is the base itself; bases of further seeds show what a difference of nothing is.
@@ -43,7 +44,10 @@ REPLACED_WHOLE = ("objective",)  # sections whose settings belong together: one 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser(__doc__)
     add_arm_options(arguments)
-    arguments.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS))
+    arguments.add_argument(
+        "--options", nargs="+", default=list(OPTIONS), metavar="NAME[=VALUE,...]",
+        help="; ".join(f"{name}: {', '.join(values)}" for name, values in OPTIONS.items()),
+    )  # fmt: skip
     arguments.add_argument("--seeds", type=int, nargs="+", default=[0], help="of all arms; each further one, of the base again")
     arguments.add_argument("--backbone", default=None, help="published model folder: one more arm, which starts from it")
     options = arguments.parse_args(argv)
@@ -57,14 +61,26 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def chosen(text: str) -> tuple[str, tuple[str, ...]]:
+    """An option and its values from "NAME" (all of them) or "NAME=VALUE,VALUE". Raises ValueError for an unknown one."""
+    name, _, values = text.partition("=")
+    if name not in OPTIONS:
+        raise ValueError(f"--options: no option {name!r}; there are {', '.join(OPTIONS)}")
+    found = tuple(values.split(",")) if values else tuple(OPTIONS[name])
+    unknown = [value for value in found if value not in OPTIONS[name]]
+    if unknown:
+        raise ValueError(f"--options: {name} has no value {', '.join(unknown)}; it has {', '.join(OPTIONS[name])}")
+    return name, found
+
+
 def arms_of(options: argparse.Namespace, root: Path) -> list[Arm]:
     """The base, the base by each further seed, and an arm for each value that is not the base's own."""
     first, *further = dict.fromkeys(options.seeds)
     base = seeded(yaml.safe_load(options.config.read_text()), first)
     arms = [arm("base", base, root), *(arm(f"base, seed {seed}", seeded(base, seed), root) for seed in further)]
-    for option in options.options:
-        for value, (section, settings) in OPTIONS[option].items():
-            config = changed(base, section, settings)
+    for option, values in map(chosen, options.options):
+        for value in values:
+            config = changed(base, *OPTIONS[option][value])
             if config != base:
                 arms.append(arm(f"{option}-{value}", config, root))
     if options.backbone:
