@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sim.report.others import bench_command
 from sim.report.readme import disagreements, rewritten, split_blocks
 from sim.report.section import markdown_table
 from sim.report.verb import build_section, main
@@ -116,6 +117,14 @@ def test_json_files_and_other_folders_become_tables(tmp_path: Path):
     each = {"successes": 3, "episodes": 4, "errors": 0, "interval_95": [0.3, 0.95], "mean_steps": 90.5}
     (tmp_path / "data" / "collect.json").write_text(json.dumps({"suite": "s", "expert": {"0": each}, "expert_all": each}))
     assert cells(build_section("data", tmp_path), 1) == ["all", "3/4", "75 % [30.0, 95.0]", "0", "90.5"]
+
+
+def test_a_benchmarks_command_names_no_folder_of_its_machine(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("REMASK_HOME", "/some/disk")
+    typed = ["bench", "decode_study", "--policy", "/some/disk/runs/a b/policy", "--output", "/tmp/x.json", "--episodes", "6"]
+    shown = "vla bench decode_study --policy 'REMASK_HOME/runs/a b/policy' --episodes 6"
+    assert bench_command({"benchmark": "decode_study", "command": typed}) == shown
+    assert bench_command({"benchmark": "options-robosuite_lift"}) == "vla bench options"
 
 
 def test_a_source_that_is_none_says_what_was_looked_for(tmp_path: Path):

@@ -11,6 +11,7 @@ from sim.dagger_rounds import FILE, draw_rounds
 from sim.report.evaluations import shortened
 from sim.report.section import Section, markdown_table, percent
 from sim.results import SETTINGS, wilson
+from vla.home import remask_home
 
 SHOWN = ("episodes", "mixing", "decay", "minutes", "steps")  # settings of `vla dagger`
 BENCH_KEYS = ("benchmark", "rows", "command", "git_commit", "machine", "versions", "time")  # the others: a benchmark's own
@@ -34,8 +35,14 @@ def bench(path: Path) -> Section:
 
 
 def bench_command(found: Mapping[str, Any]) -> str:
-    """As it was typed; the verb and the benchmark alone where a file does not say it, and before arguments of a bare module."""
-    words = found.get("command", [])
+    """As it was typed, less where it wrote to, and with REMASK_HOME by its name: a report tells no machine's folders.
+
+    The verb and the benchmark alone where a file does not say it, and before arguments of a bare module.
+    """
+    words = [word.replace(str(remask_home()), "REMASK_HOME") for word in found.get("command", [])]
+    if "--output" in words:
+        at = words.index("--output")
+        words = words[:at] + words[at + 2 :]
     return shlex.join(["vla", *(words if words[:1] == ["bench"] else ["bench", found["benchmark"].split("-")[0], *words])])
 
 
