@@ -52,7 +52,7 @@ def plot(rows: list[dict[str, Any]], decode: DecodeConfig, path: Path) -> None:
     from matplotlib import pyplot
 
     by_name = {row["decoding"]: row for row in rows}
-    figure, panels = pyplot.subplots(2, len(FACTORS), figsize=(3.2 * len(FACTORS), 5), layout="constrained", squeeze=False)
+    figure, panels = pyplot.subplots(2, len(FACTORS), figsize=(3.2 * len(FACTORS), 5), layout="constrained", squeeze=False, sharey="row")
     for column, (factor, values) in enumerate(FACTORS.items()):
         known = [
             (str(value), by_name["base" if getattr(decode, factor) == value else f"{factor}-{value}"])
@@ -65,11 +65,12 @@ def plot(rows: list[dict[str, Any]], decode: DecodeConfig, path: Path) -> None:
         below = [row["success %"] - row["95 % low"] for _, row in known]
         above = [row["95 % high"] - row["success %"] for _, row in known]
         panels[0][column].errorbar(names, rates, yerr=[below, above], marker="o", capsize=3)
-        panels[0][column].set(ylabel="success, % [95 %]", ylim=(-2, 102))
         panels[1][column].plot(names, [row["ms per chunk"] for _, row in known], marker="o")
-        panels[1][column].set(xlabel=factor, ylabel="ms per chunk", ylim=(0, None))
+        panels[1][column].set(xlabel=factor)
         for panel in panels[:, column]:
             panel.tick_params(axis="x", rotation=30)
+    panels[0][0].set(ylabel="success, % [95 %]", ylim=(-2, 102))
+    panels[1][0].set(ylabel="ms per chunk", ylim=(0, None))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
