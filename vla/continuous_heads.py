@@ -70,7 +70,7 @@ class FlowHead(ContinuousHead):
     """Flow matching on the straight path from noise (t = 0) to the actions (t = 1), integrated by Euler's steps.
 
     Lipman et al. 2022 (arXiv 2210.02747): x_t = t a + (1 - t) e, the target velocity is a - e. Times are drawn from pi0's
-    Beta(1.5, 1) on the noise level, which favours noisy steps. `DecodeConfig.rounds` is the number of Euler steps.
+    Beta(1.5, 1) on the noise level, which favours noisy steps. `DecodeConfig.euler_steps` of them are taken.
     """
 
     def loss(self, model: VLA, prefix: Prefix, batch: ActionBatch, generator: torch.Generator) -> HeadLoss:
@@ -91,11 +91,11 @@ class FlowHead(ContinuousHead):
     ) -> tuple[Tensor, int]:
         noise = torch.from_numpy(RowNoise(seeds).normal(range(len(seeds)), *known.shape[1:]))
         values = torch.where(is_known[..., None], known, noise.to(known))
-        for step in range(config.rounds):
-            now = torch.full_like(values[..., 0], step / config.rounds)
+        for step in range(config.euler_steps):
+            now = torch.full_like(values[..., 0], step / config.euler_steps)
             velocity = model.predict_steps(values, torch.where(is_known, torch.ones_like(now), now), prefix)
-            values = torch.where(is_known[..., None], known, values + velocity / config.rounds)
-        return values, config.rounds
+            values = torch.where(is_known[..., None], known, values + velocity / config.euler_steps)
+        return values, config.euler_steps
 
 
 def draw_times(rows: int, generator: torch.Generator) -> Tensor:

@@ -128,11 +128,11 @@ def _l1(head: OnnxHead, prefix: OnnxPrefix, known: KnownActions, config: DecodeC
 def _flow(head: OnnxHead, prefix: OnnxPrefix, known: KnownActions, config: DecodeConfig, seeds: Sequence[int]) -> Decision:
     given, is_known = head.tokenizer.to_unit(known.actions), known.is_known[..., None]
     values = np.where(is_known, given, RowNoise(seeds).normal(range(len(seeds)), *given.shape[1:]))
-    for step in range(config.rounds):
-        times = np.where(known.is_known, np.float32(1.0), np.float32(step / config.rounds))
+    for step in range(config.euler_steps):
+        times = np.where(known.is_known, np.float32(1.0), np.float32(step / config.euler_steps))
         velocity = _predict(head, prefix, values, times)
-        values = np.where(is_known, given, values + velocity / np.float32(config.rounds))
-    return _value_decision(head.tokenizer, values, config.rounds)
+        values = np.where(is_known, given, values + velocity / np.float32(config.euler_steps))
+    return _value_decision(head.tokenizer, values, config.euler_steps)
 
 
 def _predict(head: OnnxHead, prefix: OnnxPrefix, values: np.ndarray, times: np.ndarray) -> np.ndarray:

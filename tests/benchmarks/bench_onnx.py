@@ -136,7 +136,7 @@ def untrained_policy(preset: str, head: str) -> TorchPolicy:
     images = ImageConfig(crop=112, size=None if vlm.vision.image_size == 112 else vlm.vision.image_size)
     statistics = Statistics.of(generator.normal(size=(100, SPEC.state_dim)))
     assets = PolicyAssets(
-        config, SPEC, statistics, action_tokenizer, tokenizer, images, HeadConfig(type=head), DecodeConfig()
+        config, SPEC, statistics, action_tokenizer, tokenizer, images, HeadConfig(type=head), DecodeConfig(rounds=6)
     )
     return TorchPolicy(assets, VLA(config))
 
