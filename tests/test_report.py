@@ -124,6 +124,8 @@ def test_a_benchmarks_command_names_no_folder_of_its_machine(monkeypatch: pytest
     typed = ["bench", "decode_study", "--policy", "/some/disk/runs/a b/policy", "--output", "/tmp/x.json", "--episodes", "6"]
     shown = "vla bench decode_study --policy 'REMASK_HOME/runs/a b/policy' --episodes 6"
     assert bench_command({"benchmark": "decode_study", "command": typed}) == shown
+    typed[4:6] = ["--output=/tmp/x.json"]
+    assert bench_command({"benchmark": "decode_study", "command": typed}) == shown
     assert bench_command({"benchmark": "options-robosuite_lift"}) == "vla bench options"
 
 

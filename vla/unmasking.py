@@ -17,7 +17,7 @@ ROUNDING = 1e-9  # added before the quota is floored: 56 * cos(pi / 3) is 28, no
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How a chunk is unmasked. The defaults are greedy and deterministic."""
+    """How a chunk is decoded. The defaults are greedy and deterministic."""
 
     rounds: int = 2  # at most this many passes over the action slots; more cost time and won nothing (docs/results.md)
     threshold: float = 0.9  # commit every slot at least this confident, beyond the round's quota; > 1 turns it off

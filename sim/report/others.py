@@ -4,6 +4,7 @@ import functools
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,8 @@ def bench_command(found: Mapping[str, Any]) -> str:
 
     The verb and the benchmark alone where a file does not say it, and before arguments of a bare module.
     """
-    words = [word.replace(str(remask_home()), "REMASK_HOME") for word in found.get("command", [])]
-    if "--output" in words:
-        at = words.index("--output")
-        words = words[:at] + words[at + 2 :]
+    typed = [word.replace(str(remask_home()), "REMASK_HOME") for word in found.get("command", [])]
+    words = [word for before, word in pairwise(["", *typed]) if "--output" not in (before, word.partition("=")[0])]
     return shlex.join(["vla", *(words if words[:1] == ["bench"] else ["bench", found["benchmark"].split("-")[0], *words])])
 
 
