@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.table import Table
 from tqdm import tqdm
 
@@ -91,9 +92,11 @@ class DaggerConfig:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a resumed run must share with its beginning."""
-        left_out = ("output_dir", "rounds", "workers", "control")  # more of either may be asked for later
-        return {key: str(value) for key, value in asdict(self).items() if key not in left_out}
+        """What a resumed run must share with its beginning; of `train` what the file says, since it may change between calls."""
+        left_out = ("train", "output_dir", "rounds", "workers", "control")  # more rounds or a control may be asked for later
+        own = {key: str(value) for key, value in asdict(self).items() if key not in left_out}
+        training = yaml.safe_load(Path(self.train).expanduser().read_text()) or {}
+        return own | {f"train.{section}": value for section, value in training.items()}
 
 
 def dagger(

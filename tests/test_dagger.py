@@ -146,6 +146,18 @@ def test_a_control_trains_as_often_on_demonstrations_alone_and_may_be_asked_for_
         assert sorted(starts[0]) == sorted(starts[1])
 
 
+def test_a_round_is_not_added_by_other_settings_of_training_than_the_first(tmp_path, three_tasks):
+    """Their file may change between two calls: one curve would be of two trainings."""
+    (tmp_path / "train.yaml").write_text("decode: {rounds: 6}\ntraining: {steps: 600}\n")
+    config = settings(tmp_path, train=tmp_path / "train.yaml", rounds=1)
+    go(config, Trainings())
+    (tmp_path / "train.yaml").write_text("# a remark more\ndecode: {rounds: 6}\ntraining: {steps: 600}\n")
+    assert len(go(replace(config, rounds=2), Trainings())) == 3
+    (tmp_path / "train.yaml").write_text("decode: {rounds: 2}\ntraining: {steps: 600}\n")
+    with pytest.raises(ValueError, match=r"another run: train.decode was \{'rounds': 6\}, is \{'rounds': 2\}\. Use"):
+        go(replace(config, rounds=3), Trainings())
+
+
 def test_what_cannot_be_trained_on_is_refused_before_the_first_episode(tmp_path, three_tasks):
     """Else a data set's wrong name is found out after hours of corrections."""
     config = settings(tmp_path, policy="policy")
