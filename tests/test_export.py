@@ -96,7 +96,7 @@ def test_every_head_passes_the_gate_and_says_so(exports, head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_chunks_equal_torchs_for_any_batch_text_seed_and_known_beginning(exports, checkpoints, data, head):
-    decode = {"rounds": 3, "threshold": 2.0, "token_temperature": 0.7, "order_temperature": 1.0, "remask": "remdm"}
+    decode = {"rounds": 3, "threshold": 2.0, "token_temperature": 0.7, "order_temperature": 1.0, "remask": "remdm", "euler_steps": 3}
     there, here = (open_policy(folder[head], decode=decode, threads=1) for folder in (checkpoints, exports))
     assert isinstance(there, TorchPolicy) and isinstance(here, OnnxPolicy)
     assert there.spec == here.spec and there.action_horizon == here.action_horizon

@@ -12,7 +12,7 @@ from vla.action_head import ActionBatch, HeadConfig
 from vla.action_tokenizer import ActionTokenizer
 from vla.heads import build_head
 from vla.masked_diffusion import corrupt, mask_rate, num_masked, replace_visible, stratified_times, unmask_counts
-from vla.unmasking import REMASK_RULES, RoundState
+from vla.unmasking import REMASK_RULES, DecodeConfig, RoundState
 
 MASK = 99
 
@@ -154,3 +154,11 @@ def test_remdm_remasks_at_its_rate_and_the_less_confident_more_often():
     sigma = 0.2 * min(1.0, (1 - alpha[1]) / alpha[0])
     assert abs(float(rates.mean()) - sigma) < 0.01
     assert rates[1] > rates[3] > rates[0] > rates[2]
+
+
+def test_a_decode_setting_that_there_is_not_is_named_with_those_there_are():
+    assert DecodeConfig(threshold=0.5).changed({"rounds": 3}) == DecodeConfig(rounds=3, threshold=0.5)
+    with pytest.raises(ValueError, match=r"decode has no setting round; it has rounds, threshold, .*euler_steps"):
+        DecodeConfig().changed({"round": 2})
+    with pytest.raises(ValueError, match="euler_steps is 0; at least one is needed"):
+        DecodeConfig().changed({"euler_steps": 0})

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +97,6 @@ def load_onnx_policy(
         manifest,
         TextTokenizer.from_json((folder / TOKENIZER).read_text()),
         graphs,
-        decode=replace(DecodeConfig(**manifest.decode), **(decode or {})),
+        decode=DecodeConfig(**manifest.decode).changed(decode or {}),
         content_hash=manifest_hash(folder),
     )

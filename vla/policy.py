@@ -156,7 +156,7 @@ def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any]
     path = local_folder(path)
     assets, weights = PolicyAssets.load(path)
     if decode:
-        assets = replace(assets, decode=replace(assets.decode, **decode))
+        assets = replace(assets, decode=assets.decode.changed(decode))
     model = load_model(assets, weights, path)
     return TorchPolicy(assets, model.to(device), content_hash=checkpoint_hash(path))
 

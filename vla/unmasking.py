@@ -4,8 +4,8 @@ numpy only. Formulas that decide a token stand here once; where they take arrays
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,14 @@ class DecodeConfig:
         for name in ("rounds", "euler_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"DecodeConfig.{name} is {getattr(self, name)}; at least one is needed.")
+
+    def changed(self, settings: Mapping[str, Any]) -> "DecodeConfig":
+        """With some settings changed. Raises ValueError for one that there is not."""
+        known = [field.name for field in fields(self)]
+        unknown = [name for name in settings if name not in known]
+        if unknown:
+            raise ValueError(f"decode has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
+        return replace(self, **settings)
 
 
 def masked_share(round_index: int, rounds: int) -> float:

@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     from vla.policy import load_policy
 
     policy = load_policy(options.policy)
-    decode = replace(policy.assets.decode, **json.loads(options.base))
+    decode = policy.assets.decode.changed(json.loads(options.base))
     root = options.root or remask_home() / "bench" / f"decode-{options.suite}-{policy.content_hash[:8]}"
     variants = variants_of(base_config(options), decode, {name: FACTORS[name] for name in options.factors})
     found = evaluate_variants(variants, root)
