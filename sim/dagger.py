@@ -10,6 +10,7 @@ goes on from the policy's weights on all data so far; validation starts say what
 
 With `control` each round trains a second policy as long on the demonstrations alone, from the control before it, and judges it on
 the same starts (control_run, control_evaluation): what the labels brought is the distance between the two, not that to round 0.
+Several suites correct one policy: corrections and evaluations then have a folder for each, and the curve is over all of them.
 Everything resumes: the same command goes on where it was stopped.
 """
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from sim import correction, demonstration, packing
 from sim.correction import CorrectionJob, CorrectionSettings
-from sim.dagger_rounds import Round, write_rounds
+from sim.dagger_rounds import Round, round_table, write_rounds
 from sim.environment import Environment
 from sim.evaluate import EvaluateConfig, check_robot, evaluate
 from sim.evaluate import check as check_evaluation
@@ -40,6 +41,7 @@ from sim.results import ROWS, SETTINGS, append_row, differences, read_rows, tall
 from sim.seeds import start
 from sim.suites import build_environment, get_protocol, get_suite
 from sim.workers import Died, Done, Failed, WorkerPool, run_jobs
+from vla.frame_cache import FrameCache
 from vla.home import remask_home
 from vla.interface import Policy, RobotSpec
 from vla.show import show
@@ -60,14 +62,15 @@ class DaggerConfig:
     train: Path = Path("configs/lift_demo.yaml")  # settings of `vla train` for each round
     minutes: float | None = None  # of training in a round; default: as `train` says
     steps: int | None = None  # of training in a round, instead of minutes: for a machine that is not quiet
-    suite: str = "robosuite_lift"
+    suite: list[str] | str = "robosuite_lift"  # several: '[libero_object, libero_goal]'; tasks and counts are of each
     tasks: list[int] | None = None  # default: all
-    output_dir: Path | None = None  # default: REMASK_HOME/dagger/<suite>
+    output_dir: Path | None = None  # default: REMASK_HOME/dagger/<suite>, of several +-joined
     rounds: int = 3
     episodes: int = 10  # corrected episodes per task and round
     evaluation_episodes: int = 20  # validation starts per task and round
     mixing: float = 0.5  # probability that the expert acts during a chunk of round 1
     decay: float = 0.5  # of that, from round to round
+    share: float | None = None  # of training samples, drawn from corrections; default: as many as their frames are of all
     execution_horizon: int | None = None  # actions executed of each chunk; default: as `vla eval`
     max_steps: int | None = None  # default: the suite's openpi limit
     mesh_detail: float = 1.0  # of the corrections' frames, see `vla collect`; evaluation draws the meshes as they are
@@ -76,15 +79,21 @@ class DaggerConfig:
 
     @property
     def root(self) -> Path:
-        return Path(self.output_dir or remask_home() / "dagger" / self.suite).expanduser()
+        return Path(self.output_dir or remask_home() / "dagger" / "+".join(self.suites)).expanduser()
 
     @property
-    def task_list(self) -> list[int]:
-        return list(range(get_suite(self.suite).num_tasks)) if self.tasks is None else sorted(set(self.tasks))
+    def suites(self) -> tuple[str, ...]:
+        return (self.suite,) if isinstance(self.suite, str) else tuple(self.suite)
 
-    @property
-    def step_limit(self) -> int:
-        return get_suite(self.suite).max_steps["openpi"] if self.max_steps is None else self.max_steps
+    def part(self, folder: Path, suite: str) -> Path:
+        """Where in a round's folder a suite's share of it lies."""
+        return folder if len(self.suites) == 1 else folder / suite
+
+    def task_list(self, suite: str) -> list[int]:
+        return list(range(get_suite(suite).num_tasks)) if self.tasks is None else sorted(set(self.tasks))
+
+    def step_limit(self, suite: str) -> int:
+        return get_suite(suite).max_steps["openpi"] if self.max_steps is None else self.max_steps
 
     def mixing_of(self, number: int) -> float:
         """Probability that the expert acts in round `number`, counted from 1."""
@@ -94,7 +103,7 @@ class DaggerConfig:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with its beginning; of `train` what the file says, since it may change between calls."""
         left_out = ("train", "output_dir", "rounds", "workers", "control")  # more rounds or a control may be asked for later
-        own = {key: str(value) for key, value in asdict(self).items() if key not in left_out}
+        own = {key: str(value) for key, value in asdict(self).items() if key not in left_out} | {"suite": ", ".join(self.suites)}
         training = yaml.safe_load(Path(self.train).expanduser().read_text()) or {}
         return own | {f"train.{section}": value for section, value in training.items()}
 
@@ -131,12 +140,15 @@ def dagger(
         control_path = policy_path
         for number in range(1, config.rounds + 1):
             root = config.root / f"round_{number}"
-            folder = root / "corrections"
-            report = collect_corrections(config, number, load(policy_path), folder, build, expert)
-            labels += report["labels"]
-            data.append(folder)
+            policy, reports = load(policy_path), []
+            for suite in config.suites:
+                folder = config.part(root / "corrections", suite)
+                reports.append(collect_corrections(config, suite, number, policy, folder, build, expert))
+                data.append(folder)
+            labels += sum(report["labels"] for report in reports)
+            mixture = sum(report["success"] * report["episodes"] for report in reports) / sum(report["episodes"] for report in reports)
             policy_path = train(config, root / "run", policy_path, data)
-            done = replace(judge(number, "evaluation", policy_path, labels), corrected_success=report["success"])
+            done = replace(judge(number, "evaluation", policy_path, labels), corrected_success=mixture)
             if config.control:
                 control_path = train(config, root / "control_run", control_path, demonstrations)
                 done = replace(done, control=judge(number, "control_evaluation", control_path, 0))
@@ -147,30 +159,35 @@ def dagger(
 
 def check(config: DaggerConfig) -> None:
     """Raise ValueError on settings that cannot be run."""
-    check_evaluation(evaluation_config(config, "", config.root / "round_0" / "evaluation"))
+    if not config.suites or len(set(config.suites)) < len(config.suites):
+        raise ValueError(f"suite is {list(config.suites)}; give one suite, or several different ones.")
+    for suite in config.suites:
+        check_evaluation(evaluation_config(config, suite, "", config.part(config.root / "round_0" / "evaluation", suite)))
     for name, low, high in (("mixing", 0, 1), ("decay", 0, 1), ("rounds", 1, 1000), ("episodes", 1, ROUND_STARTS)):
         if not low <= getattr(config, name) <= high:
             raise ValueError(f"{name} is {getattr(config, name)}; allowed: {low} to {high}.")
+    if config.share is not None and not 0 < config.share < 1:
+        raise ValueError(f"share is {config.share}; allowed: above 0 and below 1, or null.")
     check_mesh_detail(config.mesh_detail)
     if not config.policy or not config.dataset:
         raise ValueError("Which policy, trained on what? Give --policy=RUN/checkpoints/last/policy --dataset='[DATA]'.")
 
 
 def collect_corrections(
-    config: DaggerConfig, number: int, policy: Policy, folder: Path, build: Callable, expert: Callable
+    config: DaggerConfig, suite: str, number: int, policy: Policy, folder: Path, build: Callable, expert: Callable
 ) -> dict[str, Any]:
-    """Label the round's episodes and pack them as a frame cache in `folder`; what corrections.json holds."""
+    """Label the round's episodes of a suite and pack them as a frame cache in `folder`; what corrections.json holds."""
     report_path = folder / "corrections.json"
     if report_path.exists():
         return json.loads(report_path.read_text())
     staged = folder / "episodes"
     staged.mkdir(parents=True, exist_ok=True)
     settings = CorrectionSettings(
-        suite=config.suite,
+        suite=suite,
         image_size=policy.spec.image_size,
         action_horizon=policy.action_horizon,
-        execution_horizon=evaluation_config(config, "", folder).execution_horizon or policy.action_horizon,
-        max_steps=config.step_limit,
+        execution_horizon=evaluation_config(config, suite, "", folder).execution_horizon or policy.action_horizon,
+        max_steps=config.step_limit(suite),
         mixing=config.mixing_of(number),
         folder=staged,
     )
@@ -182,12 +199,12 @@ def collect_corrections(
     if config.mesh_detail != 1:
         build = functools.partial(build, mesh_detail=config.mesh_detail)
     first = FIRST_INDEX + number * ROUND_STARTS
-    wanted = [CorrectionJob(task, first + episode) for task in config.task_list for episode in range(config.episodes)]
+    wanted = [CorrectionJob(task, first + episode) for task in config.task_list(suite) for episode in range(config.episodes)]
     missing = [job for job in wanted if (job.task, job.index) not in rows]
     spec = run_corrections(config, policy, settings, missing, rows, folder, build, expert)
     chosen = [rows[job.task, job.index] for job in wanted if (job.task, job.index) in rows]
     paths = [demonstration.staged_path(staged, row["task"], row["index"]) for row in chosen]
-    packing.pack(folder, spec or policy.spec, paths, source=f"vla dagger, {config.suite}, round {number}", cache_only=True)
+    packing.pack(folder, spec or policy.spec, paths, source=f"vla dagger, {suite}, round {number}", cache_only=True)
     report = {
         "round": number,
         "mixing": settings.mixing,
@@ -224,7 +241,7 @@ def run_corrections(
         check_robot(policy, spec)
         specs.append(spec)
 
-    with tqdm(total=len(jobs), unit="episode", desc="corrections") as bar:
+    with tqdm(total=len(jobs), unit="episode", desc=f"corrections, {settings.suite}") as bar:
         errors = ErrorCount(bar.write)
 
         def finished(job: CorrectionJob, outcome: Done | Failed | Died) -> None:
@@ -249,10 +266,10 @@ def run_corrections(
     return RobotSpec.from_dict(specs[0])
 
 
-def evaluation_config(config: DaggerConfig, policy_path: str, folder: Path) -> EvaluateConfig:
+def evaluation_config(config: DaggerConfig, suite: str, policy_path: str, folder: Path) -> EvaluateConfig:
     """How a policy of the run is evaluated, on validation starts."""
     settings = EvaluateConfig(
-        policy=PolicySource(path=policy_path), suite=config.suite, tasks=config.tasks, episodes=config.evaluation_episodes,
+        policy=PolicySource(path=policy_path), suite=suite, tasks=config.tasks, episodes=config.evaluation_episodes,
         workers=config.workers, execution_horizon=config.execution_horizon, max_steps=config.max_steps, resume=True,
         output_dir=folder,
     )  # fmt: skip
@@ -267,9 +284,14 @@ def evaluate_round(
     """The round's policy on validation starts, kept in round_NUMBER/NAME."""
     policy = load(policy_path)
     checkpoint = getattr(policy, "content_hash", policy_path)
-    settings = evaluation_config(config, policy_path, config.root / f"round_{number}" / name)
-    count = tally(evaluate(settings, policy, checkpoint, build=build))
-    return Round(number, policy_path, labels, count.successes, count.episodes, count.interval)
+    rows, by_suite = [], {}
+    for suite in config.suites:
+        folder = config.part(config.root / f"round_{number}" / name, suite)
+        found = evaluate(evaluation_config(config, suite, policy_path, folder), policy, checkpoint, build=build)
+        by_suite[suite] = (tally(found).successes, tally(found).episodes)
+        rows += found
+    count = tally(rows)
+    return Round(number, policy_path, labels, count.successes, count.episodes, count.interval, by_suite)
 
 
 def load_torch_policy(path: str) -> Policy:
@@ -305,6 +327,8 @@ def training_settings(config: DaggerConfig, run: Path, policy_path: str, data: l
 
     arguments = [f"--config_path={config.train}", f"--output_dir={run}", f"--start_from={policy_path}"]
     arguments.append("--dataset.root=[" + ", ".join(str(path) for path in data) + "]")
+    weights = dataset_weights(config, data)
+    arguments += [] if weights is None else [f"--dataset.weights={weights}"]
     if config.minutes is not None:
         arguments.append(f"--training.minutes={config.minutes}")
     if config.steps is not None:
@@ -315,24 +339,26 @@ def training_settings(config: DaggerConfig, run: Path, policy_path: str, data: l
     return parse_config(TrainConfig, arguments, verb="train")
 
 
+def dataset_weights(config: DaggerConfig, data: list[Path]) -> list[float] | None:
+    """Of each data set: corrections make `share` of the samples, each by its frames; None: all by their frames."""
+    count = len(config.dataset)
+    if config.share is None or len(data) == count:
+        return None
+    frames = [FrameCache.open(path).num_frames for path in data]
+    shown, corrected = sum(frames[:count]), sum(frames[count:])
+    return [(1 - config.share) * size / shown for size in frames[:count]] + [config.share * size / corrected for size in frames[count:]]
+
+
 def main(argv: list[str]) -> int:
     """`vla dagger`."""
     from vla.cli import parse_config
 
     config = parse_config(DaggerConfig, argv, verb="dagger")
     rounds = dagger(config)
-    table = Table(title=f"DAgger on {config.suite}, validation starts")
-    for heading in ("round", "labels", "solved", "%", "95 %", "mixture %", "no labels, as long: solved"):
-        table.add_column(heading, justify="right")
-    for each in rounds:
-        low, high = each.interval_95
-        rate = each.successes / max(each.episodes, 1)
-        mixture = "-" if each.corrected_success is None else f"{100 * each.corrected_success:.0f}"
-        table.add_row(
-            str(each.number), str(each.labels), f"{each.successes}/{each.episodes}", f"{100 * rate:.1f}",
-            f"{100 * low:.0f}-{100 * high:.0f}", mixture,
-            "-" if each.control is None else f"{each.control.successes}/{each.control.episodes}",
-        )  # fmt: skip
+    columns, lines = round_table([asdict(each) for each in rounds])
+    table = Table(*columns, title=f"DAgger on {', '.join(config.suites)}, validation starts")
+    for line in lines:
+        table.add_row(*("-" if cell is None else str(cell) for cell in line))
     show(table)
     print(f"curve: {config.root / 'rounds.png'}\npolicy: {rounds[-1].policy}")
     return 0

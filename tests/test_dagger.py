@@ -11,7 +11,8 @@ import sim.dagger
 import sim.evaluate
 from sim import demonstration
 from sim.correction import FOLLOWED, CorrectionSettings, correct
-from sim.dagger import DaggerConfig, dagger
+from sim.dagger import DaggerConfig, dagger, dataset_weights, training_settings
+from sim.dagger_rounds import round_table
 from sim.rollout import rollout
 from sim.results import read_rows
 from sim.seeds import Start, start
@@ -128,6 +129,42 @@ def test_rounds_add_their_labels_go_on_from_the_last_policy_and_resume(tmp_path,
     (config.root / "round_2" / "corrections" / "corrections.json").unlink()  # as if killed while packing
     again = go(config, Trainings())
     assert [replace(each, interval_95=()) for each in again] == [replace(each, interval_95=()) for each in rounds]
+
+
+def test_several_suites_correct_one_policy_and_every_round_is_over_all_of_them(tmp_path, three_tasks):
+    config, trainings = settings(tmp_path, suite=["libero_object", "libero_goal"], rounds=1), Trainings()
+    before, after = go(config, trainings)
+    folders = [config.root / "round_1" / "corrections" / suite for suite in config.suites]
+    assert trainings.calls == [("round_1/run", "0.4", [tmp_path.name, "corrections", "corrections"])], "one policy of both"
+    assert after.labels == sum(FrameCache.open(folder).num_frames for folder in folders)
+    assert list(after.by_suite) == list(config.suites) and after.episodes == 8
+    assert after.successes == sum(solved for solved, _ in after.by_suite.values())
+    alone = go(settings(tmp_path, suite="libero_goal", output_dir=tmp_path / "alone", rounds=1), Trainings())
+    assert [each.by_suite["libero_goal"] for each in (before, after)] == [(each.successes, each.episodes) for each in alone]
+    columns, lines = round_table(json.loads((config.root / "rounds.json").read_text()))
+    assert columns[2:4] == list(config.suites) and lines[1][3] == f"{alone[1].successes}/4"
+    with pytest.raises(ValueError, match="suite was 'libero_object, libero_goal', is 'libero_goal, libero_object'"):
+        go(replace(config, suite=["libero_goal", "libero_object"]), Trainings())
+    with pytest.raises(ValueError, match="several different ones"):
+        go(replace(config, suite=["libero_goal", "libero_goal"]), Trainings())
+
+
+def write_cache(folder: Path, frames: int) -> Path:
+    with FrameCacheWriter(folder / "cache", PointWorld().spec) as writer:
+        images = {name: np.zeros((frames, 8, 8, 3), np.uint8) for name in PointWorld().spec.cameras}
+        writer.add_episode(images, np.zeros((frames, 3)), np.zeros((frames, 7)), instruction="", task=0)
+    return folder
+
+
+def test_share_is_that_of_the_corrections_among_all_samples(tmp_path, three_tasks):
+    data = [write_cache(tmp_path / name, frames) for name, frames in (("a", 30), ("b", 10), ("c", 2), ("d", 6))]
+    config = settings(tmp_path, dataset=data[:2], share=0.2)
+    given = training_settings(config, tmp_path / "run", "policy", data).dataset
+    assert given.root == data and given.weights == pytest.approx([0.6, 0.2, 0.05, 0.15])
+    assert dataset_weights(config, data[:2]) is None, "the control has no corrections to share with"
+    assert dataset_weights(replace(config, share=None), data) is None
+    with pytest.raises(ValueError, match="share is 1.0; allowed: above 0 and below 1"):
+        go(replace(config, share=1.0), Trainings())
 
 
 def test_a_control_trains_as_often_on_demonstrations_alone_and_may_be_asked_for_later(tmp_path, three_tasks):

@@ -8,13 +8,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sim.dagger_rounds import FILE, draw_rounds
+from sim.dagger_rounds import FILE, draw_rounds, round_table
 from sim.report.evaluations import shortened
-from sim.report.section import Section, markdown_table, percent
+from sim.report.section import Section, markdown_table, percent, rate_cells
 from sim.results import SETTINGS, wilson
 from vla.home import remask_home
 
-SHOWN = ("episodes", "mixing", "decay", "minutes", "steps")  # settings of `vla dagger`
+SHOWN = ("episodes", "mixing", "decay", "share", "minutes", "steps")  # settings of `vla dagger`
 BENCH_KEYS = ("benchmark", "rows", "command", "git_commit", "machine", "versions", "time")  # the others: a benchmark's own
 
 
@@ -52,14 +52,6 @@ def told(value: Any) -> str:
 def dagger(folder: Path) -> Section:
     """rounds.json of `vla dagger`: success against labels."""
     rounds = json.loads((folder / FILE).read_text())
-    controlled = any(each.get("control") for each in rounds)
-    columns = ["round", "labels", "solved", "success [95 %]", "mixture while correcting"]
-    columns += ["as long without labels: solved", "success [95 %]"] if controlled else []
-    lines = []
-    for each in rounds:
-        mixture = None if each["corrected_success"] is None else f"{100 * each['corrected_success']:.0f} %"
-        control = rate_cells(each["control"]) if each.get("control") else [None, None]
-        lines.append([each["number"], each["labels"], *rate_cells(each), mixture, *(control if controlled else [])])
     settings = json.loads((folder / SETTINGS).read_text()) if (folder / SETTINGS).exists() else {}
     facts = {
         "suite": settings.get("suite", ""),
@@ -67,13 +59,7 @@ def dagger(folder: Path) -> Section:
         "intervals": "95 % Wilson",
         "settings": ", ".join(f"{key} {settings[key]}" for key in SHOWN if settings.get(key, "None") != "None"),
     }
-    return Section(markdown_table(columns, lines), facts, {"labels": functools.partial(draw_rounds, rounds=rounds)})
-
-
-def rate_cells(row: Mapping[str, Any]) -> list[str]:
-    """Solved of how many, and the rate with its interval."""
-    rate = row["successes"] / max(row["episodes"], 1)
-    return [f"{row['successes']}/{row['episodes']}", percent(rate, tuple(row["interval_95"]))]
+    return Section(markdown_table(*round_table(rounds)), facts, {"labels": functools.partial(draw_rounds, rounds=rounds)})
 
 
 def experts(path: Path) -> Section:

@@ -39,6 +39,12 @@ def percent(rate: float, interval: tuple[float, float]) -> str:
     return f"{100 * rate:.4g} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
+def rate_cells(row: Mapping[str, Any]) -> list[str]:
+    """Solved of how many, and the rate with its interval."""
+    rate = row["successes"] / max(row["episodes"], 1)
+    return [f"{row['successes']}/{row['episodes']}", percent(rate, tuple(row["interval_95"]))]
+
+
 def save_figure(draw: Callable[[Any], None], path: Path) -> None:
     """`draw(axes)` as a PNG."""
     import matplotlib
