@@ -173,6 +173,13 @@ PRESETS: Mapping[str, VLMConfig] = {
         vision=VisionConfig(name="resnet10t", stage=3, image_size=32, options={"channels": [8, 16, 16, 16], "stem_width": 8}),
         decoder=DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, mlp_size=48),
     ),
+    # 0.25 M parameters: a point of `vla scaling` below desk-s.
+    "desk-xs": VLMConfig(
+        vision=VisionConfig(
+            name="resnet10t", stage=3, image_size=84, options={"channels": [16, 32, 64, 128], "stem_width": 8}
+        ),
+        decoder=DecoderConfig(hidden_size=64, num_layers=3, num_heads=1, mlp_size=192),
+    ),
     # 1.0 M parameters: as much as two cores can train in minutes.
     "desk-s": VLMConfig(
         vision=VisionConfig(

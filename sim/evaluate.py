@@ -220,7 +220,7 @@ def episode_settings(config: EvaluateConfig, policy: Policy, folder: Path) -> Ep
 def check(config: EvaluateConfig) -> None:
     """Raise ValueError on settings that cannot be run."""
     suite = get_suite(config.suite)
-    start(config.split, 0)
+    suite.check_starts(config.split, config.episodes)
     unknown = [task for task in config.task_list if not 0 <= task < suite.num_tasks]
     if unknown or not config.task_list:
         raise ValueError(f"Suite {suite.name!r} has no tasks {unknown}; allowed: 0 to {suite.num_tasks - 1}.")

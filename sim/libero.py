@@ -235,8 +235,8 @@ class LiberoEnvironment:
         for body, (position, quat_wxyz) in self._fixture_poses.items():
             arm.model.body_pos[body], arm.model.body_quat[body] = position, quat_wxyz
         if start.split == "official":
-            arm.reset(self._protocol.environment_seed + start.index)  # states leave out fixtures, which follow the seed
-            arm.restore(self._states[start.index % len(self._states)])
+            arm.reset(self._protocol.fixture_seed(start))
+            arm.restore(self._states[start.index % len(self._states)])  # gym's drawn starts go beyond them
             environment._post_process()
         else:
             arm.reset(start.seed)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sim.environment import Environment
+from sim.seeds import Start, start
 from vla.interface import RobotSpec
 
 # Camera of an Observation -> camera of the MuJoCo model; the same in robosuite and LIBERO.
@@ -28,15 +29,23 @@ class Protocol:
 
     name: str
     execution_horizon: int | None  # actions executed of each chunk; None: what the policy says
-    environment_seed: int  # places the fixtures of official start i (+ i), which LIBERO's stored states leave out
+    environment_seed: int | None  # of official start 0, + i of start i; None: the start's own
+
+    def fixture_seed(self, start: Start) -> int:
+        """Places the fixtures of an official start, which LIBERO's stored states leave out."""
+        return start.seed if self.environment_seed is None else self.environment_seed + start.index
 
 
-# openpi: examples/libero/main.py (5 of 10 actions; seeds 7 once per task and lets the stream run on, so that its first
-# episode is ours and later ones depend on those before). lerobot: lerobot-eval (seed 1000 + episode, n_action_steps).
+# openpi: examples/libero/main.py (5 of 10 actions). It seeds 7 once a task and lets the stream run on, so that an episode depends
+# on those before; ours take the official split's seeds instead, since 7 + i are training starts' too, and a policy trained on
+# those has seen the fixtures just so. lerobot: lerobot-eval (seed 1000 + episode: up to 1000 demonstrations a task share none).
 PROTOCOLS = {
-    "openpi": Protocol("openpi", execution_horizon=5, environment_seed=7),
+    "openpi": Protocol("openpi", execution_horizon=5, environment_seed=None),
     "lerobot": Protocol("lerobot", execution_horizon=None, environment_seed=1000),
 }
+
+
+LIBERO_STATES = 50  # stored initial states of each task
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,15 @@ class Suite:
     default_protocol: str = "openpi"
     cameras: tuple[str, ...] = ("base", "wrist")
     image_size: int = 128  # pixels, square
+
+    def check_starts(self, split: str, count: int) -> None:
+        """Raise ValueError on an unknown split, or on more starts of a task than a split has different ones."""
+        start(split, 0)
+        if (self.backend, split) == ("libero", "official") and count > LIBERO_STATES:
+            raise ValueError(
+                f"{count} official episodes of a task of {self.name}: LIBERO stores {LIBERO_STATES} initial states a task, and "
+                "one counted twice is no second trial. Lower --episodes, or take --split=validation."
+            )
 
 
 def _suite(name: str, backend: str, num_tasks: int, settle_steps: int, openpi: int, lerobot: int) -> Suite:

@@ -37,7 +37,8 @@ from vla.lerobot_plugin.convert import from_lerobot, to_lerobot
 from vla.lerobot_plugin.modeling_discrete_diffusion import DiscreteDiffusionPolicy
 from vla.lerobot_writer import write_dataset
 from vla.policy import PolicyAssets, load_policy
-from vla.train import Collator, ModelConfig, TrainConfig, build_assets
+from vla.policy_loss import Collator
+from vla.train import ModelConfig, TrainConfig, build_assets
 
 HORIZON = 4
 IMAGES = ImageConfig(crop=32)

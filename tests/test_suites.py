@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sim import libero, rendering
 from sim.seeds import FIRST_SEED, SPLIT_SIZE, start
-from sim.suites import PROTOCOLS, SUITES, build_environment, get_suite, robot_spec
+from sim.suites import PROTOCOLS, SUITES, build_environment, get_protocol, get_suite, robot_spec
 from vla.interface import RobotSpec
 
 
@@ -42,6 +42,22 @@ def test_every_suite_has_a_step_limit_in_every_protocol():
 def test_libero_spatial_is_the_one_suite_whose_limit_the_protocols_dispute():
     disputed = {name: row.max_steps for name, row in SUITES.items() if len(set(row.max_steps.values())) > 1}
     assert disputed == {"libero_spatial": {"openpi": 220, "lerobot": 280}}
+
+
+def test_a_stored_state_is_not_counted_twice():
+    for name, row in SUITES.items():
+        for split, most in (("official", 50 if row.backend == "libero" else 10_000), ("validation", 10_000)):
+            row.check_starts(split, most)
+    with pytest.raises(ValueError, match="51 official episodes of a task of libero_goal: LIBERO stores 50"):
+        get_suite("libero_goal").check_starts("official", 51)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_no_demonstration_has_the_fixtures_of_an_official_start(name):
+    """Stored states leave fixtures out; `vla collect` takes training starts from 0 on, far fewer than a thousand a task."""
+    official = {get_protocol(name).fixture_seed(start("official", index)) for index in range(50)}
+    assert len(official) == 50 and not official & {start("train", index).seed for index in range(1000)}
+    assert not official & {start("validation", index).seed for index in range(1000)}
 
 
 def test_unknown_names_list_the_known_ones():

@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from multimodal.checkpoint import load_checkpoint
 from multimodal.config import get_preset
 from multimodal.images import ImageConfig
+from multimodal.losses import build_objective
 from multimodal.tokenizer import train_tokenizer
 from multimodal.training import TrainingConfig
 from multimodal.training_log import read_log
@@ -23,10 +24,11 @@ from vla.action_head import HeadConfig
 from vla.data import ActionWindows, WindowMixture
 from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.heads import HEADS
+from vla.held_out import held_out_loss
 from vla.interface import Observation
 from vla.policy import load_policy
+from vla.policy_loss import Collator, PolicyLoss
 from vla.train import (
-    Collator,
     DatasetConfig,
     ModelConfig,
     TrainConfig,
@@ -116,12 +118,25 @@ def test_a_batch_goes_whole_to_the_trainers_device(trained, cache):
     assert {tensor.device.type for tensor in tensors} == {"meta"}
 
 
+def test_the_held_out_loss_is_the_training_loss_without_augmentation_and_of_one_draw_of_masks(trained, cache):
+    policy = load_policy(trained)
+    loss = PolicyLoss(policy.assets, build_objective({"type": "cross_entropy"}))
+    windows = WindowMixture([ActionWindows(FrameCache.open(cache), 4)])
+    found = held_out_loss(policy, loss, windows, count=8)
+    assert found == held_out_loss(policy, loss, windows, count=8)
+    batch = Collator(policy.assets)(windows.gather(np.linspace(0, len(windows) - 1, 8).astype(int)))
+    plain = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+    terms = [loss(policy.model, batch, plain[i], augment=augment) for i, augment in ((0, False), (1, True), (2, False))]
+    means = [float(each.loss_sum / each.normalizer) for each in terms]
+    assert found == pytest.approx(means[0], rel=1e-6) and means[0] != means[1] and means[0] != means[2]
+
+
 def test_data_sets_too_small_to_hold_an_episode_out_are_trained_on_alone_and_beside_others(cache, tmp_path):
     """As `vla dagger` does: a round may have no held-out episode; the error is then that of the data sets that have."""
     roots = [write_cache(tmp_path / name, episodes=count) for name, count in (("many", 10), ("few", 2))]
     config = settings(cache, tmp_path / "run")
     train_policy(replace(config, dataset=DatasetConfig(root=roots, held_out_fraction=0.1)))
-    assert "validation/action_error" in read_log(tmp_path / "run")[-1]
+    assert {"validation/action_error", "validation/loss"} <= set(read_log(tmp_path / "run")[-1])
     train_policy(replace(config, dataset=DatasetConfig(root=roots[1], held_out_fraction=0.1), output_dir=tmp_path / "alone"))
     assert "validation/action_error" not in read_log(tmp_path / "alone")[-1]
 

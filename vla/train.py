@@ -1,36 +1,36 @@
-"""Frame cache -> policy: the policy's loss step and batches on multimodal.training (`vla train`)."""
+"""Frame cache -> policy: settings, what a run begins with, and the run itself on multimodal.training (`vla train`)."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
 
 from multimodal.compressor import KEEP_ALL, CompressorConfig
 from multimodal.config import get_preset
 from multimodal.decoder import count_parameters
-from multimodal.images import ImageConfig, prepare_images
-from multimodal.losses import Objective, build_objective
+from multimodal.images import ImageConfig
+from multimodal.losses import build_objective
 from multimodal.tokenizer import train_tokenizer
 from multimodal.schedule import progress
-from multimodal.training import LossTerms, TrainingConfig, train
+from multimodal.training import TrainingConfig, train
 from multimodal.training_state import last_checkpoint, read_position
 from multimodal.vlm_checkpoint import is_vlm
-from vla.action_head import ActionBatch, HeadConfig
+from vla.action_head import HeadConfig
 from vla.action_tokenizer import DEFAULT_NUM_BINS, ActionTokenizer
 from vla.backbone import BackboneConfig
 from vla.cli import parse_config
-from vla.data import ActionWindows, Batch, WindowMixture, chosen_episodes
+from vla.data import ActionWindows, WindowMixture, chosen_episodes
 from vla.frame_cache import FrameCache
-from vla.heads import HEADS, build_head
+from vla.heads import HEADS
+from vla.held_out import held_out_error, held_out_loss
 from vla.home import remask_home
-from vla.interface import Observation, RobotSpec
+from vla.interface import RobotSpec
 from vla.model import VLA, VLAConfig
 from vla.normalization import Statistics
-from vla.policy import PolicyAssets, TorchPolicy, load_model, load_policy
+from vla.policy import PolicyAssets, load_model, load_policy
+from vla.policy_loss import Collator, PolicyBatch, PolicyLoss
 from vla.start import Start, add_compressor, begin_on_published, begin_on_vlm
 from vla.transforms import clean_instruction
 from vla.unmasking import DecodeConfig
@@ -222,89 +222,6 @@ def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[
     return Start(assets, model, assets.save)
 
 
-class PolicyBatch(NamedTuple):
-    """A training batch; a tuple, so that the training loop moves it to its device whole."""
-
-    images: Tensor  # uint8 [B, C, H, W, 3]
-    state: Tensor  # float32 [B, S], normalised
-    text_ids: Tensor
-    text_mask: Tensor
-    target: ActionBatch
-
-
-class Collator:
-    """numpy windows -> PolicyBatch, through the transforms that inference uses."""
-
-    def __init__(self, assets: PolicyAssets) -> None:
-        self.assets = assets
-
-    def __call__(self, batch: Batch) -> PolicyBatch:
-        inputs = self.assets.transforms.forward_batch(batch)
-        images = torch.as_tensor(inputs.images)
-        return policy_batch(self.assets, images, inputs.state, inputs.instructions, batch.actions, batch.is_pad)
-
-
-def policy_batch(
-    assets: PolicyAssets,
-    images: Tensor,
-    state: np.ndarray,
-    instructions: Sequence[str],
-    actions: np.ndarray,
-    is_pad: np.ndarray,
-) -> PolicyBatch:
-    """images uint8 [B, C, H, W, 3]; state [B, S] normalised; instructions cleaned (both as by `Transforms`); actions
-    [B, H, D] in robot units; is_pad [B, H]."""
-    ids, mask = assets.encode_instructions(instructions)
-    tokens = torch.as_tensor(assets.action_tokenizer.encode(actions))
-    values = torch.as_tensor(assets.action_tokenizer.coordinates(actions))
-    unit = torch.as_tensor(assets.action_tokenizer.to_unit(actions))
-    target = ActionBatch(tokens, values, unit, torch.as_tensor(is_pad))
-    return PolicyBatch(images, torch.as_tensor(state), ids, mask, target)
-
-
-class PolicyLoss:
-    """The loss step handed to the training loop."""
-
-    def __init__(self, assets: PolicyAssets, objective: Objective) -> None:
-        self.assets = assets
-        self.head = build_head(assets.head, assets.action_tokenizer, objective)
-
-    def __call__(self, model: nn.Module, batch: PolicyBatch, generator: torch.Generator) -> LossTerms:
-        images = prepare_images(batch.images, self.assets.images, generator)
-        prefix = model.prefill(*model.embed_prefix(images, batch.state, batch.text_ids, batch.text_mask))
-        loss = self.head.loss(model, prefix, batch.target, generator)
-        return LossTerms(loss.loss_sum, loss.normalizer, {})
-
-
-def held_out_error(policy: TorchPolicy, windows: WindowMixture, count: int = 256) -> dict[str, float]:
-    """Error of decoded chunks on `count` windows, evenly spaced over all held-out ones.
-
-    action_error: mean |decoded - expert| over continuous dimensions, in units of each dimension's coded range;
-    binary_accuracy: share of gripper commands that agree; rounds: mean passes over the slots.
-    """
-    indices = np.unique(np.linspace(0, len(windows) - 1, min(count, len(windows))).astype(int))
-    errors, agreements, rounds = [], [], []
-    reach = np.array(policy.assets.action_tokenizer.high) - np.array(policy.assets.action_tokenizer.low)
-    binary = np.isin(np.arange(policy.spec.action_dim), policy.spec.binary_actions)
-    moving = ~binary & (reach > 0)
-    for start in range(0, len(indices), 32):
-        batch = windows.gather(indices[start : start + 32])
-        observations = [
-            Observation(dict(zip(policy.spec.cameras, images, strict=True)), state, text)
-            for images, state, text in zip(batch.images, batch.state, batch.instructions, strict=True)
-        ]
-        for chunk, target, pad in zip(policy.act(observations), batch.actions, batch.is_pad, strict=True):
-            difference = np.abs(chunk.actions - target)[~pad]
-            errors.append((difference[:, moving] / reach[moving]).mean())
-            agreements.append((difference[:, binary] < 1).mean() if binary.any() else 1.0)
-            rounds.append(chunk.info["rounds"])
-    return {
-        "action_error": float(np.mean(errors)),
-        "binary_accuracy": float(np.mean(agreements)),
-        "rounds": float(np.mean(rounds)),
-    }
-
-
 def open_windows(config: TrainConfig, *, held_out: bool) -> list[ActionWindows]:
     """The windows of every data set; of the held-out ones, those of the data sets that have any (a small one has none).
 
@@ -343,18 +260,20 @@ def train_policy(config: TrainConfig) -> Path:
     if held_out is not None:
         assets.encode_instructions(instructions_of(held_out))  # one too long is refused now, not at the first checkpoint
 
-    def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
-        """Held-out error of the weights just saved, if anything is held out."""
-        device = str(next(model.parameters()).device)
-        return held_out_error(load_policy(folder / "policy", device=device), held_out) if held_out else {}
+    collate, loss = Collator(assets), PolicyLoss(assets, build_objective(config.objective))
 
-    collate = Collator(assets)
+    def on_checkpoint(folder: Path, step: int) -> dict[str, float]:
+        """Held-out error and loss of the weights just saved, if anything is held out."""
+        if held_out is None:
+            return {}
+        policy = load_policy(folder / "policy", device=str(next(model.parameters()).device))
+        return held_out_error(policy, held_out) | {"loss": held_out_loss(policy, loss, held_out)}
 
     def batch(index: int) -> PolicyBatch:
         return collate(mixture.batch(index, batch_size=config.training.batch_size, seed=config.training.seed))
 
     last = train(
-        model, PolicyLoss(assets, build_objective(config.objective)), batch, config.training, output_folder(config),
+        model, loss, batch, config.training, output_folder(config),
         save_model=start.save, on_checkpoint=on_checkpoint, resume=config.resume,
     )  # fmt: skip
     return last / "policy"

@@ -52,7 +52,7 @@ class MeasureConfig:
             raise ValueError(f"--episodes={self.episodes}: at least 1.")
         if self.workers < 1:
             raise ValueError(f"--workers={self.workers}: at least 1 simulator process.")
-        start(self.split, 0)
+        suite.check_starts(self.split, self.episodes)
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from sim.dagger_rounds import FILE, draw_rounds, round_table
 from sim.report.evaluations import shortened
 from sim.report.section import Section, markdown_table, percent, rate_cells
 from sim.results import SETTINGS, wilson
+from sim.scaling.tables import scaling_tables
 from vla.home import remask_home
 
 SHOWN = ("episodes", "mixing", "decay", "share", "minutes", "steps")  # settings of `vla dagger`
@@ -128,16 +129,9 @@ def collection(folder: Path) -> Section:
 
 
 def scaling(folder: Path) -> Section:
-    """scaling.json of `vla scaling`: one fit a line."""
+    """scaling.json of `vla scaling`: its runs, then its fits, one a line."""
     found = json.loads((folder / "scaling.json").read_text())
-    columns = ["quantity", "against", "at equal", "runs", "exponent [95 %]", "floor", "R2 of logarithms"]
-    lines = [
-        [fit["quantity"], fit["axis"], ", ".join(f"{name} {value}" for name, value in fit["equal"].items()), len(fit["runs"]),
-         f"{fit['exponent']:.3f} [{fit['exponent_interval_95'][0]:.3f}, {fit['exponent_interval_95'][1]:.3f}]",
-         fit["floor"], fit["r_squared"]]
-        for fit in found["fits"]
-    ]  # fmt: skip
     intervals = f"95 % of {found['resamples']} bootstrap samples, seed {found['seed']}"
     setting = ", ".join(f"{name} {value}" for name, value in found["evaluations"].items() if value not in (None, {}))
     facts = {"evaluations": setting, "intervals": intervals, "commit": shortened(found["git_commit"], 12)}
-    return Section(markdown_table(columns, lines), facts)
+    return Section(scaling_tables(found), facts)

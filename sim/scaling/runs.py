@@ -1,9 +1,10 @@
 """What a training run's folder says of its size (parameters, demonstrations, samples) and worth (loss, error, success)."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 LAST_SHARE = 0.1  # of the logged losses, over which the final one is averaged
 POLICY = Path("checkpoints") / "last" / "policy"
@@ -20,7 +21,8 @@ class Run:
     frames: int
     samples: int  # windows seen in training, repeats included
     loss: float | None  # mean of the last tenth of the log
-    held_out_error: float | None  # last, see vla.train.held_out_error
+    held_out_loss: float | None  # last, see vla/held_out.py
+    held_out_error: float | None
     solved: int = 0  # of the evaluations of this checkpoint, see sim/scaling/evaluations.py
     episodes: int = 0
 
@@ -58,7 +60,6 @@ def read_run(folder: Path) -> Run:
     provenance = json.loads((policy / "provenance.json").read_text())
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in log if "loss" in row]
-    errors = [row["validation/action_error"] for row in log if "validation/action_error" in row]
     if not log:
         raise ValueError(f"{folder / 'log.jsonl'} is empty; the run has not begun.")
     last = losses[-max(1, round(LAST_SHARE * len(losses))) :]
@@ -71,8 +72,14 @@ def read_run(folder: Path) -> Run:
         frames=provenance["frames"],
         samples=log[-1]["step"] * training["batch_size"] * training.get("accumulation", 1),
         loss=sum(last) / len(last) if last else None,
-        held_out_error=errors[-1] if errors else None,
+        held_out_loss=last_of(log, "validation/loss"),
+        held_out_error=last_of(log, "validation/action_error"),
     )
+
+
+def last_of(log: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    """The last value logged under that name."""
+    return next((row[name] for row in reversed(log) if name in row), None)
 
 
 def count_parameters(path: Path) -> int:

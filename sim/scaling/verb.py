@@ -5,7 +5,7 @@ objective, data) is not looked at: choose runs that share it. Runs trained for -
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -15,10 +15,11 @@ import numpy as np
 from rich.table import Table
 
 from sim.evaluate import git_commit
-from sim.report.section import markdown_table
+from sim.report.section import cell_text
 from sim.scaling.evaluations import read_evaluations, with_evaluations
 from sim.scaling.fit import RESAMPLES, PowerLaw, fit_power_law
 from sim.scaling.runs import Run, find_runs, read_run
+from sim.scaling.tables import FIT_COLUMNS, fit_lines, scaling_tables
 from vla.home import remask_home
 from vla.show import show
 
@@ -28,7 +29,13 @@ EQUAL = {  # axis -> what the runs of a fit share; parameters and samples make c
     "demonstrations": ("parameters", "samples"),
     "compute": ("parameters", "demonstrations"),
 }
-QUANTITIES = {"loss": "training loss", "held_out_error": "held-out action error", "failure": "share of episodes not solved"}
+QUANTITIES = {
+    "loss": "training loss",
+    "held_out_loss": "held-out loss",
+    "held_out_error": "held-out action error",
+    "failure": "share of episodes not solved",
+}
+SENSELESS = {("loss", "demonstrations")}  # fewer are repeated more often, and learnt by heart
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ def fit_all(runs: Sequence[Run], config: ScalingConfig) -> list[Fit]:
     for quantity in QUANTITIES:
         known = [run for run in runs if getattr(run, quantity) is not None]
         for axis in AXES if known else ():
+            if (quantity, axis) in SENSELESS:
+                continue
             groups = groups_of(known, axis)
             fits += [fit_group(quantity, axis, equal, members, config) for equal, members in groups]
             if not groups:
@@ -113,33 +122,11 @@ def record(runs: Sequence[Run], fits: Sequence[Fit], setting: dict[str, Any], co
     }
 
 
-def fit_line(fit: Fit) -> list[Any]:
-    if fit.law is None:
-        return [fit.quantity, fit.axis, fit.group or "-", len(fit.runs), "-", "-", fit.why_not]
-    low, high = fit.law.exponent_interval_95
-    floor_low, floor_high = fit.law.floor_interval_95
-    exponent = f"{fit.law.exponent:.3f} [{low:.3f}, {high:.3f}]"
-    floor = f"{fit.law.floor:.3g} [{floor_low:.3g}, {floor_high:.3g}]"
-    return [fit.quantity, fit.axis, fit.group, len(fit.runs), exponent, floor, fit.law.r_squared]
-
-
-FIT_COLUMNS = ("quantity", "against", "at equal", "runs", "exponent [95 %]", "floor [95 %]", "R2 of logarithms")
-
-
-def write_markdown(
-    runs: Sequence[Run], fits: Sequence[Fit], setting: dict[str, Any], config: ScalingConfig, path: Path
-) -> None:
-    columns = ("run", "parameters", "demonstrations", "samples", "loss", "held-out error", "solved")
-    lines = [
-        [run.folder, run.parameters, run.demonstrations, run.samples, run.loss, run.held_out_error,
-         f"{run.solved}/{run.episodes}" if run.episodes else None]
-        for run in runs
-    ]  # fmt: skip
-    law = "floor + scale * x^-exponent" if config.floor else "scale * x^-exponent"
-    evaluated = ", ".join(f"{name} {value}" for name, value in setting.items() if value not in (None, {}))
-    told = f"Evaluations: {evaluated or 'none'}. y = {law}; 95 % intervals of {config.resamples} bootstrap samples."
-    text = ["# Scaling", "", markdown_table(columns, lines), "", told]
-    path.write_text("\n".join([*text, "", markdown_table(FIT_COLUMNS, map(fit_line, fits)), "", "![fits](scaling.png)", ""]))
+def write_markdown(found: Mapping[str, Any], path: Path) -> None:
+    law = "floor + scale * x^-exponent" if found["floor"] else "scale * x^-exponent"
+    evaluated = ", ".join(f"{name} {value}" for name, value in found["evaluations"].items() if value not in (None, {}))
+    told = f"Evaluations: {evaluated or 'none'}. y = {law}; 95 % intervals of {found['resamples']} bootstrap samples."
+    path.write_text("\n".join(["# Scaling", "", scaling_tables(found), "", told, "", "![fits](scaling.png)", ""]))
 
 
 def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
@@ -179,12 +166,16 @@ def scaling(config: ScalingConfig) -> tuple[list[Run], list[Fit]]:
     evaluations = read_evaluations(Path(folder).expanduser() for folder in config.evaluations or ())
     runs, setting = with_evaluations([read_run(folder) for folder in folders], evaluations)
     fits = fit_all(runs, config)
-    output = Path(config.output_dir or remask_home() / "scaling").expanduser()
+    found, output = record(runs, fits, setting, config), output_dir(config)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "scaling.json").write_text(json.dumps(record(runs, fits, setting, config), indent=1))
-    write_markdown(runs, fits, setting, config, output / "scaling.md")
+    (output / "scaling.json").write_text(json.dumps(found, indent=1))
+    write_markdown(found, output / "scaling.md")
     write_plot(runs, fits, output / "scaling.png")
     return runs, fits
+
+
+def output_dir(config: ScalingConfig) -> Path:
+    return Path(config.output_dir or remask_home() / "scaling").expanduser()
 
 
 def main(argv: list[str]) -> None:
@@ -192,9 +183,9 @@ def main(argv: list[str]) -> None:
     from vla.cli import parse_config
 
     config = parse_config(ScalingConfig, argv, verb="scaling")
-    runs, fits = scaling(config)
+    runs, _ = scaling(config)
     table = Table(*FIT_COLUMNS, title=f"{len(runs)} runs")
-    for fit in fits:
-        table.add_row(*(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in fit_line(fit)))
+    for line in fit_lines(json.loads((output_dir(config) / "scaling.json").read_text())):
+        table.add_row(*map(cell_text, line))
     show(table)
-    print(f"scaling.json, scaling.md, scaling.png: {config.output_dir or remask_home() / 'scaling'}")
+    print(f"scaling.json, scaling.md, scaling.png: {output_dir(config)}")

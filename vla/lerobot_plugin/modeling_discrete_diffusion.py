@@ -30,7 +30,7 @@ from vla.lerobot_plugin.dataset_assets import assets_from_dataset, policy_camera
 from vla.model import VLA
 from vla.normalization import normalize
 from vla.policy import PolicyAssets, TorchPolicy, replace_pretrained
-from vla.train import PolicyLoss, policy_batch
+from vla.policy_loss import PolicyLoss, policy_batch
 from vla.transforms import clean_instruction
 
 SEEDS = 2**31
