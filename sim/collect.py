@@ -16,7 +16,8 @@ import functools
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,6 +40,7 @@ from vla.interface import RobotSpec
 from vla.show import show
 
 SPLIT = "train"
+TRIES = 2  # of a start that raises an exception; then it counts as not solved, since it would raise for ever
 PATIENCE = 20  # starts tried after which a task is given up while fewer than a quarter of them are solved
 
 
@@ -127,7 +129,7 @@ class Schedule:
         self.outcomes[job.task][job.index] = success
 
     def put_back(self, job: Job) -> None:
-        """An exception says nothing of the start: it is tried again."""
+        """The start is tried again."""
         self.running[job.task].discard(job.index)
 
     def solved(self, task: int) -> list[int]:
@@ -239,6 +241,7 @@ def run_attempts(
 ) -> RobotSpec:
     """Try starts in W processes until the schedule is content, appending each outcome to `attempts` and to the file."""
     specs: list[dict[str, Any]] = []
+    raised = times_raised(read_rows(config.root / "attempts.jsonl"))
     total = config.episodes_per_task * len(config.task_list)
     with tqdm(total=total, initial=schedule.num_solved, unit="episode", desc=config.suite) as bar:
         errors = ErrorCount(bar.write)
@@ -249,10 +252,15 @@ def run_attempts(
             if "disk" in result:
                 raise OSError(f"{result['disk']}. All staged episodes are whole: make room and run the same command again.")
             row = {"task": job.task, "index": job.index, "seed": start(SPLIT, job.index).seed, **result, "error": error}
+            row |= {"died": True} if isinstance(outcome, Died) else {}
             append_row(config.root / "attempts.jsonl", row)
             attempts.append(row)
             if error:
-                schedule.put_back(job)
+                raised.update(times_raised([row]))
+                if raised[job.task, job.index] < TRIES:
+                    schedule.put_back(job)
+                else:
+                    schedule.finish(job, False)
                 errors.add(f"task {job.task}, start {job.index}", error)
                 return
             schedule.finish(job, row["success"])
@@ -292,13 +300,19 @@ def open_collection(config: CollectConfig) -> list[dict[str, Any]]:
         if changed:
             raise ValueError(f"{root} was begun with other settings: {changed}. Use another --output_dir.")
     settings.write_text(json.dumps(config.identity, indent=1))
-    latest = {(attempt["task"], attempt["index"]): attempt for attempt in read_rows(root / "attempts.jsonl")}
+    rows = read_rows(root / "attempts.jsonl")
+    raised, latest = times_raised(rows), {(attempt["task"], attempt["index"]): attempt for attempt in rows}
     return [
         attempt
         for (task, index), attempt in latest.items()
-        if attempt["error"] is None  # an exception says nothing of the start: try it again
+        if (attempt["error"] is None or raised[task, index] >= TRIES)
         and (not attempt["success"] or demonstration.staged_path(staged, task, index).exists())
     ]
+
+
+def times_raised(attempts: Iterable[dict[str, Any]]) -> Counter[tuple[int, int]]:
+    """How often each start ended with an exception; a process that died says nothing of its start."""
+    return Counter((row["task"], row["index"]) for row in attempts if row["error"] is not None and not row.get("died"))
 
 
 def check_space(config: CollectConfig, schedule: Schedule) -> None:

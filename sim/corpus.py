@@ -96,17 +96,22 @@ def run_episodes(config: CorpusConfig, jobs: Sequence[Job], missing: Sequence[Jo
     scenes = sum(job.scenes for job in jobs)
     done = scenes - sum(job.scenes for job in missing)
     with tqdm(total=scenes, initial=done, unit="scene", desc="corpus") as bar:
-        errors = ErrorCount(bar.write)
+        errors, tried = ErrorCount(bar.write), set()
 
         def finished(job: Job, outcome: Done | Failed | Died) -> None:
-            queue.finish(job)
             if isinstance(outcome, Done):
+                queue.finish(job)
                 totals.update(scenes=outcome.result["scenes"], texts=outcome.result["texts"])
                 bar.update(outcome.result["scenes"])
                 return
             totals.update(errors=1)
             append_row(config.root / "errors.jsonl", {"episode": job.file, "error": str(outcome)})
             errors.add(job.file, outcome)
+            if job.file in tried:
+                queue.finish(job)
+            else:  # once more, for what has to do with the process
+                tried.add(job.file)
+                queue.put_back(job)
 
         with WorkerPool(min(config.workers, len(missing)), work, (config, build)) as pool:
             run_jobs(pool, queue.next_job, started=lambda facts: None, finished=finished)

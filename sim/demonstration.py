@@ -45,7 +45,7 @@ def record(
     spec = environment.spec
     actor = ClumsyActor(NoisyExpert(expert, noise, start.seed), mishaps, start.seed)
     images: dict[str, list[np.ndarray]] = {camera: [] for camera in spec.cameras}
-    states, actions = [], []
+    states, actions, followed = [], [], []
     success = False
     environment.reset(task, start)
     if random_start:
@@ -57,6 +57,7 @@ def record(
             images[camera].append(observation.images[camera])
         states.append(observation.state)
         actions.append(action)
+        followed.append(not actor.intervenes)
         success = environment.step(executed)
     return Demonstration(
         images={camera: np.stack(frames) for camera, frames in images.items()},
@@ -66,6 +67,7 @@ def record(
         task=task,
         start=start,
         success=bool(success),
+        followed=None if all(followed) else np.array(followed),
     )
 
 

@@ -95,14 +95,15 @@ class ClumsyActor:
         self._push = np.array([*direction[:2], abs(direction[2])])  # never down into the table
         self._wait = int(generator.integers(PUSH_WITHIN if self.is_push else CARRIED_FOR))
         self._left = (PUSH_STEPS if self.is_push else LET_GO_STEPS) if self.befalls else 0
+        self.intervenes = False  # whether the last action was the mishap's
 
     def act(self, world: World) -> tuple[np.ndarray, np.ndarray]:
         """See `Actor.act`."""
         executed, label = self._actor.act(world)
-        if self._left == 0:
-            return executed, label
-        if self._wait > 0:
-            self._wait -= int(self.is_push or any(is_held(world, body) for body in world.bodies.values()))
+        self.intervenes = self._left > 0 and self._wait == 0
+        if not self.intervenes:
+            waits = self._left > 0 and (self.is_push or any(is_held(world, body) for body in world.bodies.values()))
+            self._wait -= int(waits)
             return executed, label
         self._left -= 1
         executed = executed.copy()

@@ -102,10 +102,10 @@ def _open_lerobot(path: Path, config: ImportConfig) -> Source:
     else:
         features = find_features(meta, cameras=config.cameras)
         spec = derive_spec(meta, features, image_size=config.image_size, control_hz=config.control_hz)
-    episodes = islice(episodes_of(meta, spec, features), config.episodes)
+    episodes = episodes_of(meta, spec, features)
     if config.suite is not None:
         episodes = _of_suite(episodes, config.suite)
-    return Source(spec, meta.num_frames, f"LeRobotDataset {meta.root.name}", episodes)
+    return Source(spec, meta.num_frames, f"LeRobotDataset {meta.root.name}", islice(episodes, config.episodes))
 
 
 def _of_suite(episodes: Iterator[Episode], suite: str) -> Iterator[Episode]:
@@ -132,6 +132,7 @@ def _open_libero(path: Path, config: ImportConfig) -> Source:
         same = (wanted.state_names, wanted.action_names) == (spec.state_names, spec.action_names)
         if not same or not set(wanted.cameras) <= set(spec.cameras):
             raise ValueError(f"{config.like} is about another robot than LIBERO's: {wanted}.")
+        _check_rate(config, wanted, spec.control_hz)
         spec = wanted
     spec = _changed(spec, config)
     frames = sum(map(libero_hdf5.count_frames, numbers))

@@ -71,4 +71,5 @@ def _episodes(paths: Sequence[Path]) -> Iterator[Episode]:
             instruction=episode.instruction,
             task=episode.task,
             meta={"split": episode.start.split, "start": episode.start.index, "seed": episode.start.seed},
+            followed=episode.followed,
         )

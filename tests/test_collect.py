@@ -1,6 +1,7 @@
 """Laws of collection with real spawned processes, on a world without a simulator."""
 
 import functools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 
 import sim.collect
 from sim import demonstration
-from sim.collect import CollectConfig, Job, Schedule, collect
+from sim.collect import CollectConfig, Job, Schedule, collect, times_raised
+from sim.disturbance import PUSH_STEPS
 from sim.folder_lock import locked
 from sim.results import read_rows
 from sim.seeds import Start
@@ -78,6 +80,39 @@ def test_a_start_that_raised_is_tried_again_and_the_data_set_is_the_same(tmp_pat
     assert_equal_caches(tmp_path / "smooth" / "cache", tmp_path / "stumbled" / "cache")
     errors = [attempt["error"] for attempt in read_rows(tmp_path / "stumbled" / "attempts.jsonl") if attempt["error"]]
     assert len(errors) == 1 and "nowhere" in errors[0] and report["expert_all"]["errors"] == 1
+
+
+class ImpossibleWorld(PointWorld):
+    """Raises whenever start 1 of a task is to begin."""
+
+    def reset(self, task: int, start: Start) -> None:
+        if start.index == 1:
+            raise ArithmeticError("the ball is nowhere")
+        super().reset(task, start)
+
+
+def build_impossible_world(suite: str, *, image_size: int, mesh_detail: float) -> ImpossibleWorld:
+    return ImpossibleWorld(image_size)
+
+
+def test_a_start_that_raises_again_counts_as_not_solved_and_is_left_after_a_restart_too(tmp_path):
+    config = demonstrations(tmp_path / "set", episodes_per_task=2)
+    collect(config, build=build_impossible_world, expert=point_expert)
+    rows = read_rows(tmp_path / "set" / "attempts.jsonl")
+    assert [row["error"] is None for row in rows if row["index"] == 1] == [False] * 2 * 2
+    assert sorted(row["index"] for row in rows if row["success"]) == [0, 0, 2, 2]
+    other = demonstrations(tmp_path / "other", tasks=[0], episodes_per_task=2)
+    other.root.mkdir()
+    (other.root / "attempts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows if row["error"] and row["task"] == 0))
+    gather(other)  # in a world without the fault: what was found out stays found out
+    assert [row["index"] for row in read_rows(other.root / "attempts.jsonl") if row["success"]] == [0, 2]
+
+
+def test_a_process_that_died_says_nothing_of_its_start():
+    rows = [{"task": 0, "index": index, "error": error, **more} for index, error, more in (
+        (0, "killed", {"died": True}), (0, "killed", {"died": True}), (1, "raised", {}), (1, "raised", {}), (2, None, {}),
+    )]  # fmt: skip
+    assert times_raised(rows) == {(0, 1): 2}
 
 
 def test_a_data_set_holds_the_episodes_asked_for_and_no_staging(tmp_path):
@@ -151,7 +186,9 @@ def test_random_starts_and_mishaps_are_part_of_a_collection_and_the_same_whateve
     gather(demonstrations(tmp_path / "one", **options))
     gather(demonstrations(tmp_path / "two", workers=2, **options))
     assert_equal_caches(tmp_path / "one" / "cache", tmp_path / "two" / "cache")
-    assert np.abs(FrameCache.open(tmp_path / "one").state[0]).max() > 0.01, "the hand begins elsewhere"
+    cache = FrameCache.open(tmp_path / "one")
+    assert np.abs(cache.state[0]).max() > 0.01, "the hand begins elsewhere"
+    assert 0 < np.count_nonzero(~cache.followed) <= 2 * PUSH_STEPS, "else chunks lead across what was never executed"
     with pytest.raises(ValueError, match="mishaps 1.5"):
         gather(demonstrations(tmp_path / "three", mishaps=1.5))
     plain, changed = demonstrations(tmp_path).identity, demonstrations(tmp_path, **options).identity

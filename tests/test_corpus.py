@@ -1,5 +1,6 @@
 """Laws of `vla corpus`: splits share no scene, an interrupted collection goes on, the same settings give the same corpus."""
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ pytest.importorskip("robosuite")
 pytest.importorskip("pyarrow")
 
 from multimodal.corpus_file import HELD_OUT, TRAIN, read_manifest, read_scenes, split_files
+from sim import corpus
 from sim.corpus import make_corpus, model_of
 from sim.corpus_plan import NEW_LAYOUTS, STARTS, CorpusConfig, find_layouts, jobs_of
 from sim.corpus_worker import Describer
@@ -19,6 +21,7 @@ from sim.scene_facts import Facts
 from sim.scene_state import Scene
 from sim.seeds import start
 from sim.suites import SUITES, build_environment
+from sim.workers import Died, Done
 
 
 def config_of(root: Path, **changes: object) -> CorpusConfig:
@@ -36,6 +39,25 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
     report = make_corpus(config)
     assert report["rows"] == {TRAIN: 4, HELD_OUT: 2} and report["errors"] == 0
     return config
+
+
+def test_an_episode_whose_process_died_is_described_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(tmp_path)
+    jobs = jobs_of(config, find_layouts(config.suites))
+    answers = []
+
+    def run_jobs(pool, next_job, *, started, finished) -> None:
+        last = None
+        while (job := next_job(last)) is not None:
+            last, gone = job, job == jobs[1] and job not in answers
+            answers.append(job)
+            finished(job, Died(-9) if gone else Done({"scenes": job.scenes, "texts": 1}))
+
+    monkeypatch.setattr(corpus, "WorkerPool", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(corpus, "run_jobs", run_jobs)
+    totals = corpus.run_episodes(config, jobs, jobs, build_environment)
+    assert totals["scenes"] == sum(job.scenes for job in jobs) and totals["errors"] == 1
+    assert sorted(map(jobs.index, answers)) == sorted([*range(len(jobs)), 1])
 
 
 def rows(config: CorpusConfig, split: str) -> list:

@@ -15,7 +15,7 @@ from vla.cli import main as cli
 from vla.data import ActionWindows, WindowMixture
 from vla.episodes import Episode
 from vla.feature_map import derive_spec, find_features, suggested_map
-from vla.frame_cache import FrameCache
+from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.interface import RobotSpec
 from vla.lerobot_dataset import read_episodes
 from vla.lerobot_metadata import DatasetMetadata
@@ -243,10 +243,26 @@ def test_libero_files_are_numbered_as_their_suite_and_lose_idle_steps(tmp_path):
     assert set(cache.episode_tasks) == {task_names("libero_object").index(LIBERO_NAME)}
     assert (cache.spec.image_size, cache.spec.control_hz, cache.spec.binary_actions) == (24, 20.0, (6,))
     assert np.diff(cache.episode_starts).tolist() == [10, 10]
+    slow = replace(cache.spec, control_hz=10.0)
+    with FrameCacheWriter(tmp_path / "slow" / "cache", slow) as writer:
+        images = {camera: np.zeros((1, 24, 24, 3), np.uint8) for camera in slow.cameras}
+        writer.add_episode(images, np.zeros((1, 8)), np.zeros((1, 7)), instruction="", task=0)
+    with pytest.raises(ValueError, match="runs at 20 Hz, .*slow at 10 Hz"):
+        import_dataset(replace(config, output_dir=tmp_path / "other", like=tmp_path / "slow"))
     with pytest.raises(ValueError, match="no suite of LIBERO.*libero_goal"):
         import_dataset(replace(config, output_dir=tmp_path / "other", suite="robosuite_lift"))
     with pytest.raises(ValueError, match="No file is about a task of libero_goal"):
         import_dataset(replace(config, output_dir=tmp_path / "other", suite="libero_goal"))
+
+
+def test_as_many_episodes_as_asked_for_are_of_the_suite_asked_for(tmp_path):
+    pytest.importorskip("libero")
+    texts = ["turn on the stove"] * 3 + ["pick up the ketchup and place it in the basket"] * 3
+    episodes = [replace(small_episode(number), instruction=text) for number, text in enumerate(texts)]
+    write_dataset(tmp_path / "mixed", SPEC, episodes)
+    cache = FrameCache.open(import_dataset(ImportConfig(tmp_path / "mixed", tmp_path / "cache", suite="libero_object", episodes=2)))
+    assert cache.num_episodes == 2 and cache.instructions == (texts[-1],)
+    np.testing.assert_array_equal(cache.state[:6], episodes[3].state)
 
 
 def test_a_step_is_idle_if_it_neither_moves_nor_changes_the_gripper():

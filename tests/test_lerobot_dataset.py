@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,19 @@ def assert_equal(got: Episode, expected: Episode) -> None:
     np.testing.assert_array_equal(got.state, expected.state)
     np.testing.assert_array_equal(got.action, expected.action)
     assert (got.instruction, got.task, got.meta) == (expected.instruction, expected.task, expected.meta)
+
+
+def test_where_an_action_was_not_followed_comes_back(tmp_path):
+    followed = np.ones(len(EPISODES[0].action), bool)
+    followed[1:3] = False
+    write_dataset(tmp_path / "dataset", SPEC, [replace(EPISODES[0], followed=followed), EPISODES[1]])
+    first, second = read_episodes(tmp_path / "dataset")
+    np.testing.assert_array_equal(first.followed, followed)
+    assert_equal(first, EPISODES[0])
+    assert second.followed is None
+    build_frame_cache(tmp_path / "dataset", tmp_path / "cache")
+    expected = np.concatenate([followed, np.ones(len(EPISODES[1].action), bool)])
+    np.testing.assert_array_equal(FrameCache.open(tmp_path / "cache").followed, expected)
 
 
 def test_lerobot_opens_the_data_set_and_frames_equal_bit_for_bit(dataset_root, monkeypatch, tmp_path):

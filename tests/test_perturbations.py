@@ -1,11 +1,12 @@
 """Laws of perturbations: seeds reproduce, severity 0 is the clean world, looks leave the simulation alone, tables refuse."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from sim.perturbations.instruction import NOUNS, paraphrase
+from sim.perturbations.instruction import NOUNS, PLACES, VERBS, exchanged, paraphrase
 from sim.perturbations.kinds import KINDS, SEVERITIES, PerturbConfig
 from sim.perturbations.perturbed_environment import PerturbedEnvironment, perturbed
 from sim.perturbations.picture import LABEL_HEIGHT, LABEL_WIDTH, PictureConfig, draw
@@ -210,6 +211,14 @@ def test_paraphrases_tell_all_tasks_of_libero_apart():
         for seed in range(5):
             for level in (1, 3, 5):
                 assert len({paraphrase(text, level, np.random.default_rng(seed)) for text in texts}) == len(texts)
+
+
+def test_a_place_is_not_looked_for_in_the_words_of_a_verb():
+    """Else "switch on the stove" becomes "switch upon the stove"."""
+    for word in (word for words in VERBS.values() for word in words):
+        for seed, object_ in product(range(20), ("the stove", "it")):
+            said = exchanged(f"{word} {object_}", PLACES, np.random.default_rng(seed))
+            assert said == f"{word} {object_}"
 
 
 def test_no_synonym_is_another_thing_of_the_table():

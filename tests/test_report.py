@@ -51,6 +51,16 @@ def test_an_evaluation_is_told_by_task_with_all_that_it_rests_on(tmp_path: Path)
         assert fact in section.block
 
 
+def test_evaluations_of_one_name_are_told_apart_and_none_is_lost(tmp_path: Path):
+    names = ["a/round_1/evaluation", "b/round_1/evaluation", "b/round_2/evaluation"]
+    for count, name in enumerate(names, start=1):
+        evaluation(tmp_path / name, [True] * count + [False] * (4 - count))
+    section = build_section(names, tmp_path)
+    assert [cells(section, row)[:2] for row in range(3)] == [[names[0], "1/4"], [names[1], "2/4"], ["round_2/evaluation", "3/4"]]
+    with pytest.raises(ValueError, match="named twice: .*round_1/evaluation"):
+        build_section([names[0], names[0]], tmp_path)
+
+
 def test_errors_are_in_no_rate_and_the_latest_row_counts(tmp_path: Path):
     folder = evaluation(tmp_path / "run", [True, True])
     append_row(folder / "episodes.jsonl", asdict(episode(0, 1, False, error="crashed")))

@@ -98,6 +98,11 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path):
         train_policy(replace(config, resume=True))
 
 
+def test_a_device_that_is_not_there_is_said_before_weights_are_read(trained):
+    with pytest.raises(ValueError, match="device 'abacus' cannot be used: .*Without a GPU: cpu"):
+        load_policy(trained, device="abacus")
+
+
 def test_the_words_are_those_of_the_chosen_tasks(tmp_path):
     frames = np.zeros((4, SPEC.image_size, SPEC.image_size, 3), dtype=np.uint8)
     with FrameCacheWriter(tmp_path / "cache", SPEC) as writer:

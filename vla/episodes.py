@@ -18,6 +18,7 @@ class Episode:
     instruction: str
     task: int  # number within its suite
     meta: dict[str, Any] = field(default_factory=dict)  # JSON values, such as the start
+    followed: np.ndarray | None = None  # bool [T]: the next frame is what action[t] led to; None: everywhere
 
 
 def check_episode(episode: Episode, spec: RobotSpec, number: int) -> None:

@@ -17,7 +17,7 @@ from vla.episodes import Episode
 from vla.feature_map import FeatureMap, derive_spec, find_features
 from vla.frame_cache import FrameCacheWriter
 from vla.interface import RobotSpec
-from vla.lerobot_metadata import DatasetMetadata, vectors
+from vla.lerobot_metadata import NOT_FOLLOWED, DatasetMetadata, vectors
 from vla.stored_images import image_storage
 from vla.video_frames import read_video_frames
 
@@ -51,8 +51,9 @@ def write_frame_cache(
     with FrameCacheWriter(cache_root, spec, source=source, storage=storage) as writer:
         for episode in episodes:
             writer.add_episode(
-                episode.images, episode.state, episode.action, instruction=episode.instruction, task=episode.task
-            )
+                episode.images, episode.state, episode.action,
+                instruction=episode.instruction, task=episode.task, followed=episode.followed,
+            )  # fmt: skip
 
 
 def read_episodes(
@@ -99,12 +100,14 @@ def episodes_of(meta: DatasetMetadata, spec: RobotSpec, features: FeatureMap) ->
         for part in _runs(task_index):
             index = int(task_index[part.start])
             row = dict(rows[number]) if rows else {"task": index}  # lerobot's number, for want of the suite's
+            elsewhere = row.pop(NOT_FOLLOWED, None)
             yield Episode(
                 images={camera: frames[part] for camera, frames in images.items()},
                 state=state[part],
                 action=action[part],
                 instruction=meta.tasks[index],
                 task=row.pop("task"),
+                followed=None if elsewhere is None else ~np.isin(np.arange(part.start, part.stop), elsewhere),
                 meta=row,
             )
 

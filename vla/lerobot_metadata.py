@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 SIDE_FILE = Path("meta") / "remask.json"
+NOT_FOLLOWED = "not_followed"  # of an episode there: frames whose action another took the place of
 CAMERA_TYPES = ("image", "video")
 
 

@@ -3,7 +3,8 @@
     write_dataset(root, spec, episodes)         meta/, data/: any lerobot program opens and trains on the result
 
 Frames are PNG in the parquet files, so they come back bit for bit. Beside lerobot's metadata, meta/remask.json keeps the
-RobotSpec, and each episode's task number within its suite and its start, which lerobot has no field for.
+RobotSpec, and each episode's task number within its suite, its start and where its actions were not followed, which lerobot has
+no field for.
 """
 
 import io
@@ -19,7 +20,7 @@ import numpy as np
 
 from vla.episodes import Episode, check_episode
 from vla.interface import RobotSpec
-from vla.lerobot_metadata import SIDE_FILE
+from vla.lerobot_metadata import NOT_FOLLOWED, SIDE_FILE
 from vla.lerobot_statistics import DatasetStatistics, Stats
 
 if TYPE_CHECKING:
@@ -99,7 +100,8 @@ def _save_episode(
 
     with _computing_statistics(exact):
         dataset.save_episode(buffer)
-    return {"task": int(episode.task)} | episode.meta
+    elsewhere = {} if episode.followed is None else {NOT_FOLLOWED: np.flatnonzero(~episode.followed).tolist()}
+    return {"task": int(episode.task)} | elsewhere | episode.meta
 
 
 @contextmanager

@@ -150,15 +150,24 @@ class TorchPolicy:
 def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any] | None = None) -> TorchPolicy:
     """The policy of a checkpoint folder, or Hub repository "owner/name"; `decode` overrides fields of its DecodeConfig.
 
-    Raises FileNotFoundError for a folder without a checkpoint, ValueError for one that does not fit, OSError for a repository
-    that cannot be reached.
+    Raises FileNotFoundError for a folder without a checkpoint, ValueError for one that does not fit or a device that is not
+    there, OSError for a repository that cannot be reached.
     """
+    check_device(device)
     path = local_folder(path)
     assets, weights = PolicyAssets.load(path)
     if decode:
         assets = replace(assets, decode=assets.decode.changed(decode))
     model = load_model(assets, weights, path)
     return TorchPolicy(assets, model.to(device), content_hash=checkpoint_hash(path))
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError, with torch's reason, unless a tensor can be put there."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]} Without a GPU: cpu.") from error
 
 
 def load_model(assets: PolicyAssets, weights: dict[str, Tensor], source: str | Path) -> VLA:

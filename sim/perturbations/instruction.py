@@ -21,8 +21,8 @@ VERBS = {
     "place it": ("put it", "set it", "deposit it"),
     "lift": ("raise", "hoist"),
     "stack": ("pile", "heap"),
-    "turn on": ("switch on", "start"),
-    "turn off": ("switch off", "stop"),
+    "turn on": ("start", "activate"),  # no "on" that a place's synonym would take for its own
+    "turn off": ("stop", "deactivate"),
     "open": ("pull open", "swing open"),
     "close": ("shut", "push shut"),
     "push": ("move", "shove", "slide"),

@@ -71,9 +71,15 @@ def located(given: Any, root: Path) -> Path:
 
 
 def names_of(paths: list[Path]) -> list[str]:
-    """The folders' names, with their parents' where two are alike."""
-    names = [path.name for path in paths]
-    return [name if names.count(name) == 1 else f"{path.parent.name}/{name}" for name, path in zip(names, paths, strict=True)]
+    """The folders' names, with as many of their parents' as tell them apart. Raises ValueError for a folder named twice."""
+    if len(set(paths)) < len(paths):
+        raise ValueError(f"a source is named twice: {max(paths, key=paths.count)}.")
+    depths = [1] * len(paths)
+    while True:
+        names = ["/".join(path.parts[-depth:]) for path, depth in zip(paths, depths, strict=True)]
+        if len(set(names)) == len(names):
+            return names
+        depths = [depth + (names.count(name) > 1) for name, depth in zip(names, depths, strict=True)]
 
 
 def evaluation_group(folders: dict[str, Path]) -> Section:
