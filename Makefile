@@ -32,7 +32,7 @@ doctor: $(STAMP) ## what is installed, drawn and found, and what to do about the
 bench: $(STAMP) ## benchmarks: make bench ARGS=NAME (without a name: the list)
 	$(VENV)/bin/vla bench $(ARGS)
 
-install: $(STAMP) ## only the installation (3 to 4 minutes, 10 GB)
+install: $(STAMP) ## only the installation (3 to 4 minutes, 11 GB)
 
 clean: ## remove what make made: the virtual environment and caches (not REMASK_HOME)
 	rm -rf $(VENV) .pytest_cache .hypothesis build dist *.egg-info
