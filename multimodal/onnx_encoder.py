@@ -75,7 +75,8 @@ class OnnxEncoder:
             wanted = ", ".join(map(str, shape))
             raise ValueError(f"{self.modality} inputs are {list(inputs.shape)}; expected [B, {wanted}] with B > 0.")
         low, high = float(inputs.min()), float(inputs.max())
-        if not (box["low"] <= low and high <= box["high"]):  # not a number is outside too
+        lowest, highest = np.array([box["low"], box["high"]], inputs.dtype).tolist()  # as check_inputs rounds them
+        if not (lowest <= low and high <= highest):  # not a number is outside too
             raise ValueError(
                 f"{self.modality} inputs lie in [{low:.4g}, {high:.4g}] {box['unit']}; allowed: [{box['low']:.4g}, "
                 f"{box['high']:.4g}], finite. Convert the unit or clamp before encoding."

@@ -108,6 +108,7 @@ class _Attention(torch.autograd.Function):
             own_values = values.index_select(1, group.keys).view(heads * count, seen, size)
             scores = torch.bmm(own_query, own_keys.transpose(1, 2)).view(heads, count, length, seen)
             weights = torch.softmax(scores.masked_fill_(group.hidden, -torch.inf), dim=-1).view(heads * count, length, seen)
+            weights = weights.to(own_values.dtype)  # autocast on CUDA, not on the CPU, makes a softmax float32
             mixed = torch.bmm(weights, own_values).view(heads, count * length, size)
             result[:, group.start : group.stop] = mixed.index_select(1, group.real)
             kept += [own_query, own_keys, own_values, weights]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from multimodal.checkpoint import CONFIG, checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
 from multimodal.config import VLMConfig
+from multimodal.device import check_device
 from multimodal.images import ImageConfig
 from multimodal.tokenizer import TextTokenizer
 from multimodal.vlm import VLM
@@ -82,7 +83,11 @@ def is_vlm(path: Path | str) -> bool:
 
 
 def load_vlm(path: str | Path, *, device: str = "cpu") -> LoadedVLM:
-    """The model of a checkpoint folder. Raises FileNotFoundError without a checkpoint, ValueError for one that does not fit."""
+    """The model of a checkpoint folder.
+
+    Raises FileNotFoundError without a checkpoint, ValueError for one that does not fit or a device that is not there.
+    """
+    check_device(device)
     assets, weights = VLMAssets.load(path)
     vision = assets.config.vision and replace(assets.config.vision, pretrained=None)  # the weights are here
     model = VLM(replace(assets.config, vision=vision))

@@ -63,6 +63,11 @@ class ChatBackend(Protocol):
     @property
     def checkpoint(self) -> str: ...
 
+    @property
+    def max_images(self) -> int | None:
+        """That the model has places for; None while it is not known."""
+        ...
+
     def stream(self, request: ChatRequest) -> AsyncIterator[ChatPiece | ChatEnd]:
         """Pieces, then one end. Raises Refusal, before the first piece for whatever is wrong with the request.
 

@@ -14,6 +14,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import ValidationError
 
 from serve.chat import ChatBackend, ChatEnd, ChatPiece, ChatRequest, TokenProbability
+from serve.errors import TooManyImages
 from serve.http_body import read_body, while_connected
 from serve.http_guard import openai_error
 from serve.protocol import chat_schemas as api
@@ -60,7 +61,7 @@ def chat_router(services: Services) -> APIRouter:
         chat = services.need_chat()
         if asked.model != chat.name:
             raise _no_model(asked.model, chat)
-        questions = await asyncio.to_thread(requests_of, asked, services.limits)
+        questions = await asyncio.to_thread(requests_of, asked, services.limits, chat.max_images)
         answer = _Answer(asked, chat, services.limits)
         if not asked.stream:
             return Response(
@@ -91,10 +92,12 @@ def parse(body: bytes, limits: Limits) -> api.ChatBody:
     return asked
 
 
-def requests_of(asked: api.ChatBody, limits: Limits) -> list[ChatRequest]:
-    """One request per choice; they differ in the seed. Decodes the images. Raises Refusal."""
-    messages, images = _conversation(asked, limits)
+def requests_of(asked: api.ChatBody, limits: Limits, max_images: int | None = None) -> list[ChatRequest]:
+    """One request per choice; they differ in the seed. Decodes the images, unless the model has no place for as many. Raises Refusal."""
+    messages, images = _conversation(asked, limits, max_images)
     stop = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+    for text in stop:
+        _check_unicode(text, "stop")
     seed = secrets.randbits(62) if asked.seed is None else asked.seed % (1 << 63)
     request = ChatRequest(
         messages=messages,
@@ -112,7 +115,7 @@ def requests_of(asked: api.ChatBody, limits: Limits) -> list[ChatRequest]:
     return [replace(request, seed=(seed + index) % (1 << 63)) for index in range(asked.n or 1)]
 
 
-def _conversation(asked: api.ChatBody, limits: Limits) -> tuple[tuple[tuple[str, str], ...], tuple[Any, ...]]:
+def _conversation(asked: api.ChatBody, limits: Limits, max_images: int | None) -> tuple[tuple[tuple[str, str], ...], tuple[Any, ...]]:
     """Texts by turn, and the images of all turns in order."""
     messages, urls = [], []
     for message in asked.messages:
@@ -129,13 +132,20 @@ def _conversation(asked: api.ChatBody, limits: Limits) -> tuple[tuple[tuple[str,
         raise Refusal(
             Code.TOO_LARGE, f"The messages have {len(urls)} images; at most {limits.images} are accepted.", field="messages"
         )
+    if max_images is not None and len(urls) > max_images:
+        error = TooManyImages("images", f"{len(urls)} images; this model takes at most {max_images}.")
+        raise Refusal(Code.INVALID, str(error), field=error.field, name=error.code)
     for _, text in messages:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise Refusal(Code.INVALID, f"A message is not Unicode text: {error}", field="messages") from error
+        _check_unicode(text, "messages")
     images = [decode_data_url(url, max_bytes=limits.body_bytes, max_pixels=limits.pixels) for url in urls]
     return tuple(messages), tuple(images)
+
+
+def _check_unicode(text: str, field_name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(Code.INVALID, f"A text of {field_name} is not Unicode: {error}", field=field_name) from error
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The server's end of the language side: requests to the engine's process, pieces back, restart and swap."""
 
 import asyncio
+import functools
 import itertools
 import logging
 import os
@@ -61,7 +62,6 @@ class ChatProcess:
         self._numbers = itertools.count()
         self._streams: dict[int, asyncio.Queue[dict[str, Any] | Refusal]] = {}
         self._owners: dict[int, WorkerProcess] = {}  # which process answers a stream
-        self._counted: dict[str, Any] = {}
         self._closing = False
         self.checkpoint = ""
 
@@ -78,6 +78,10 @@ class ChatProcess:
     @property
     def ready(self) -> bool:
         return self._keeper.worker is not None and not self._closing
+
+    @property
+    def max_images(self) -> int | None:
+        return None if self._keeper.worker is None else self._keeper.worker.hello.get("max_images")
 
     @property
     def worker_pid(self) -> int | None:
@@ -127,11 +131,10 @@ class ChatProcess:
 
     async def _start_worker(self) -> WorkerProcess:
         settings = self.source.settings(self.draft)
-        return await WorkerProcess.start("serve.chat_worker", settings, timeout_s=START_TIMEOUT_S, on_message=self._take)
+        return await WorkerProcess.start("serve.chat_worker", settings, timeout_s=START_TIMEOUT_S, on_message=functools.partial(self._take, {}))
 
     def _took(self, worker: WorkerProcess) -> None:
         self.checkpoint = worker.hello["checkpoint"]
-        self._counted = {}
         self.metrics.set_model(self.name, self.checkpoint)
 
     def _died(self, worker: WorkerProcess, reason: str) -> None:
@@ -139,7 +142,8 @@ class ChatProcess:
             if owner is worker:
                 self._streams[number].put_nowait(Refusal(Code.UNAVAILABLE, reason))
 
-    def _take(self, message: dict[str, Any]) -> None:
+    def _take(self, counted: dict[str, Any], message: dict[str, Any]) -> None:
+        """A worker's message; `counted`: what it has said of its counters so far."""
         for row in message["events"]:
             rows = self._streams.get(row["number"])
             if rows is not None:
@@ -147,11 +151,11 @@ class ChatProcess:
             if "tokens" in row and row["tokens"]:
                 self.metrics.tokens_per_round.observe(row["tokens"])
         if message.get("stats"):
-            self._count(message["stats"])
+            self._count(dict(counted), message["stats"])
+            counted.update(message["stats"])
 
-    def _count(self, stats: dict[str, Any]) -> None:
+    def _count(self, before: dict[str, Any], stats: dict[str, Any]) -> None:
         """The engine's counters since it started -> ours, which survive its restarts."""
-        before, self._counted = self._counted, stats
         for kind in ("prompt", "completion", "drafted", "accepted"):
             self.metrics.tokens.labels(kind).inc(max(0, stats[kind] - before.get(kind, 0)))
         self.metrics.chat_rounds.inc(max(0, stats["rounds"] - before.get("rounds", 0)))

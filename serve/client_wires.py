@@ -138,11 +138,12 @@ class WebSocketWire:
     def act(self, questions: Sequence[Question], timeout_s: float) -> list[ActionChunk]:
         from websockets.exceptions import ConnectionClosed
 
+        messages = [_message(question, timeout_s) for question in questions]
         self._open(timeout_s)
         answers: list[Any] = []
         try:
-            for index, question in enumerate(questions):
-                self._socket.send(_message(question, timeout_s))
+            for index, message in enumerate(messages):
+                self._socket.send(message)
                 if index >= PIPELINED - 1:
                     answers.append(self._socket.recv(timeout_s))
             while len(answers) < len(questions):
@@ -153,6 +154,9 @@ class WebSocketWire:
         except (ConnectionClosed, OSError) as error:
             self.close()
             raise Refusal(Code.UNAVAILABLE, f"the connection broke ({error})", retry_after_s=0.0) from error
+        except BaseException:  # Ctrl-C too: an answer that is left unread would be taken for the next one
+            self.close()
+            raise
         refused = [parse_line(answer) for answer in answers if isinstance(answer, str)]
         if refused:
             raise refused[0]

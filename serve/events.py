@@ -46,6 +46,7 @@ class EventHub:
             reader.put(event)
         self._readers.add(reader)
         closing = asyncio.ensure_future(closed.wait())
+        arriving: asyncio.Future[bool] | None = None
         try:
             while not closed.is_set():
                 while reader.events:
@@ -58,6 +59,8 @@ class EventHub:
                     yield None
         finally:
             closing.cancel()
+            if arriving is not None:
+                arriving.cancel()
             self._readers.discard(reader)
 
     def publish_request(self, request: ActRequest, chunk: ActionChunk) -> None:

@@ -124,7 +124,7 @@ class PolicyService(policy_pb2_grpc.PolicyServiceServicer):
     async def Act(self, request: policy_pb2.ActRequest, context: grpc.aio.ServicerContext) -> policy_pb2.ActResponse:
         async def answer() -> policy_pb2.ActResponse:
             limits = self.services.limits
-            parsed = grpc_wire.request_of(self.services.need_description(), limits, request, deadline_of(context, limits))
+            parsed = await grpc_wire.parsed(self.services.need_description(), limits, request, deadline_of(context, limits))
             (chunk,) = await self.services.act([parsed])
             return grpc_wire.act_response(chunk)
 

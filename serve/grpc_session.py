@@ -52,6 +52,7 @@ class Session:
     async def _read(self, requests: AsyncIterator[SessionRequest]) -> None:
         closed = asyncio.ensure_future(self.services.gate.closed.wait())
         iterator = aiter(requests)
+        arriving: asyncio.Future[SessionRequest | None] | None = None
         try:
             while True:
                 await self._slots.acquire()
@@ -59,7 +60,6 @@ class Session:
                 timeout = self.services.limits.idle_s
                 done, _ = await asyncio.wait({arriving, closed}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if arriving not in done:
-                    arriving.cancel()
                     break  # idle for too long, or draining
                 request = arriving.result()
                 if request is None:
@@ -67,6 +67,8 @@ class Session:
                 self._take(request)
         finally:
             closed.cancel()
+            if arriving is not None:
+                arriving.cancel()
             self._answers.put_nowait(None)
 
     def _take(self, request: SessionRequest) -> None:
@@ -116,7 +118,7 @@ class Session:
         try:
             with self.services.gate.request("grpc", "Session"):
                 deadline = time.monotonic() + limits.timeout_s
-                parsed = grpc_wire.request_of(self.services.need_description(), limits, request.observe, deadline)
+                parsed = await grpc_wire.parsed(self.services.need_description(), limits, request.observe, deadline)
                 (chunk,) = await self.services.act([parsed])
             return SessionResponse(sequence=request.sequence, act=grpc_wire.act_response(chunk))
         except Refusal as refusal:

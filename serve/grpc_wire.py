@@ -1,5 +1,6 @@
 """protobuf messages <-> arrays, observations and chunks: both gRPC services' translations, no I/O."""
 
+import asyncio
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,11 +120,19 @@ def describe_response(description: Description) -> policy_pb2.DescribeResponse:
     )
 
 
+async def parsed(description: Description, limits: Limits, message: policy_pb2.ActRequest, deadline: float) -> ActRequest:
+    """`request_of`, off the event loop where pictures have to be decoded."""
+    if any(image.WhichOneof("content") == "encoded" for image in message.images):
+        return await asyncio.to_thread(request_of, description, limits, message, deadline)
+    return request_of(description, limits, message, deadline)
+
+
 def request_of(description: Description, limits: Limits, message: policy_pb2.ActRequest, deadline: float) -> ActRequest:
     """Raises Refusal naming what is wrong."""
     if len(message.images) > limits.images:
         raise Refusal.invalid(f"{len(message.images)} images; at most {limits.images} are accepted.")
-    images = {image.camera: _image(image, description.spec.image_size, limits) for image in message.images}
+    wanted = [image for image in message.images if image.camera in description.spec.cameras]
+    images = {image.camera: _image(image, description.spec.image_size, limits) for image in wanted}
     tail = message.tail
     known = None
     if message.HasField("tail"):

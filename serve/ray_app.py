@@ -238,6 +238,7 @@ class RayChat:
 
     def __init__(self, handle: Any, checkpoint: str) -> None:
         self._handle, self.checkpoint, self.name, self.ready = handle.options(stream=True), checkpoint, ChatSource().name, True
+        self.max_images = None
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[ChatPiece | ChatEnd]:
         try:

@@ -5,6 +5,7 @@ page shows what is there), paths strictly (nothing outside the folder is ever op
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from serve.protocol.schemas import Episode, Run
 ROWS, FILMS = "episodes.jsonl", "videos"
 MAX_ROWS = 10_000
 MAX_RUNS = 200
+MAX_NAME = 200  # bytes of a folder's name that is looked for; file systems have about 255
 
 
 def list_runs(root: Path) -> list[Run]:
@@ -44,15 +46,20 @@ def list_episodes(root: Path, name: str) -> list[Episode]:
 def film(root: Path, name: str, path: str) -> Path:
     """The file of a film that a row names. Raises Refusal for anything else."""
     folder = _run(root, name)
-    file = (folder / path).resolve()
-    if not file.is_relative_to((folder / FILMS).resolve()) or file.suffix not in (".mp4", ".gif", ".png") or not file.is_file():
+    try:
+        file = (folder / path).resolve()
+        is_film = file.is_relative_to((folder / FILMS).resolve()) and file.suffix in (".mp4", ".gif", ".png") and file.is_file()
+    except (OSError, ValueError):  # longer than a name may be, or with a null byte
+        is_film = False
+    if not is_film:
         raise Refusal(Code.NOT_FOUND, f"Run {name!r:.80} has no film {path!r:.120}.")
     return file
 
 
 def _run(root: Path, name: str) -> Path:
     folder = root / name
-    if Path(name).name != name or name in ("", ".", "..") or "\0" in name or not (folder / ROWS).is_file():
+    is_name = Path(name).name == name and name not in ("", ".", "..") and "\0" not in name and len(os.fsencode(name)) <= MAX_NAME
+    if not is_name or not (folder / ROWS).is_file():
         raise Refusal(Code.NOT_FOUND, f"There is no run {name!r:.80}; GET /runs lists them.")
     return folder
 

@@ -75,6 +75,9 @@ class Server:
             raise ValueError("Nothing to serve. Give --policy.path=RUN/checkpoints/last/policy, or --vlm.path=FOLDER, or both.")
         if oip.MODEL_NAME in config.encoders:
             raise ValueError(f"An encoder cannot be called {oip.MODEL_NAME!r}; that is the policy's name.")
+        for setting, port in (("port", config.port), ("grpc_port", config.grpc_port or 0)):
+            if not 0 <= port <= 65535:
+                raise ValueError(f"{setting} is {port}; allowed: 0 (any free one) to 65535.")
         self.config = config
         keys = Keys.load(config.security)
         check_binding(config.host, config.security, keys)
@@ -82,7 +85,7 @@ class Server:
         self.gate = Gate(config.limits, self.metrics)
         self.batcher = PolicyBatcher(config.policy, config.batching, self.metrics) if config.has_policy else None
         self.encoders = {
-            name: TensorProcess(name, EncoderSource(**source), self.metrics) for name, source in config.encoders.items()
+            name: TensorProcess(name, EncoderSource.of(name, source), self.metrics) for name, source in config.encoders.items()
         }
         self.chat = ChatProcess(config.vlm, config.draft.path, self.metrics) if config.vlm.is_given else None
         # Whoever cannot know the key cannot use it under another name either; without one, only this machine's names.

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from multimodal.device import check_device
 from multimodal.images import ImageConfig, prepare_images, scale_frame
 from multimodal.layers import Rotary
 from multimodal.vlm import VLM
@@ -83,6 +84,7 @@ def load_target(path: Path | str, *, dtype: torch.dtype = torch.float32, device:
 
     Raises FileNotFoundError, OSError or ValueError saying what is wrong with it, or why it cannot be asked here.
     """
+    check_device(device)
     loaded = open_vlm(path, dtype=dtype)
     try:
         check_answers(loaded.model.config)

@@ -5,8 +5,8 @@ TensorModel. The one that is here embeds pictures with a policy's image tower.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -35,6 +35,18 @@ class EncoderSource:
     arguments: dict[str, Any] = field(default_factory=dict)  # of the factory, e.g. {path: RUN/checkpoints/last/policy}
     queue: int = 32  # requests waiting; more are refused as overload
     compute_timeout_s: float = 60.0
+
+    @classmethod
+    def of(cls, name: str, settings: Mapping[str, Any]) -> Self:
+        """Settings of `--encoders` for one name. Raises ValueError naming those there are."""
+        known = [each.name for each in fields(cls)]
+        unknown = sorted(set(settings) - set(known))
+        if unknown:
+            raise ValueError(
+                f"encoders.{name} has no setting {', '.join(unknown)}; allowed: {', '.join(known)}. What the factory takes stands "
+                f"under arguments: {{{name}: {{arguments: {{path: RUN/checkpoints/last/policy}}}}}}."
+            )
+        return cls(**settings)
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,9 @@ class _Connection:
             done, _ = await asyncio.wait({reading, writing, draining}, return_when=asyncio.FIRST_COMPLETED)
             if reading not in done and writing not in done:
                 reading.cancel()
-                await self._answers.join()  # what was accepted is answered
+                answered = asyncio.ensure_future(self._answers.join())
+                await asyncio.wait({answered, writing}, return_when=asyncio.FIRST_COMPLETED)  # unless the client has gone
+                answered.cancel()
             code = reading.result() if reading in done and not reading.cancelled() else GOING_AWAY
         finally:
             for task in (reading, writing, draining):

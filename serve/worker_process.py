@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +181,9 @@ class ServerLink:
                 self._messages.put(receive(self._socket))
         except (EOFError, OSError):
             os._exit(0)
+        except Exception:  # a message that cannot be read: a process that hears nothing more must not look alive
+            traceback.print_exc()
+            os._exit(1)
 
 
 def resolve(target: str) -> Any:

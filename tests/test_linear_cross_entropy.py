@@ -169,6 +169,14 @@ def test_no_rows_at_all_give_zero():
     assert loss == 0 and torch.equal(weight.grad, torch.zeros(11, 5))
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (2, 0)])
+def test_no_rows_of_several_targets_give_zero_too(shape: tuple[int, ...]):
+    weight, targets = torch.randn(11, 5, requires_grad=True), torch.zeros(*shape, 3, dtype=torch.long)
+    loss = linear_cross_entropy(torch.zeros(*shape, 5), weight, targets, target_probs=torch.full((*shape, 3), 1 / 3))
+    loss.backward()
+    assert loss == 0 and torch.equal(weight.grad, torch.zeros(11, 5))
+
+
 def test_ignored_rows_are_dropped_before_any_product():
     hidden, weight, targets, _ = problem({})
     poisoned = torch.cat([torch.full_like(hidden[:1], torch.nan), hidden[1:]])

@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,16 +14,30 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import multimodal.onnx_compare
-from multimodal.bind.interface import Box
+from multimodal.bind.interface import Box, check_inputs
 from multimodal.config import DecoderConfig, get_preset
 from multimodal.decoder import Decoder, arange_positions
 from multimodal.export_encoder import EmbeddingGraph, EncoderExport, TowerEncoder, export_encoder, merge_adapters
-from multimodal.onnx_encoder import load_onnx_encoder
+from multimodal.onnx_encoder import OnnxEncoder, load_onnx_encoder
 from multimodal.vision import VisionTower
 from vla.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[1]
 BOX = Box(0.0, 1.0, "of full brightness", 1 / 255)
+
+
+@pytest.mark.parametrize("box", [Box(0.0, 0.1, "m", 0.1 / 255), Box(-2.1179039, 2.64, "normalised", 1 / 57)])
+def test_what_is_clamped_into_a_box_is_within_it_for_both_twins(box: Box):
+    """Bounds are rounded to the inputs' type by both; as float64, 0.1 is less than as float32."""
+    inputs = box.clamp(5 * torch.randn(2, 3))
+    inputs[0, 0], inputs[0, 1] = box.low, box.high
+    check_inputs(box, "depth", inputs)
+    manifest = SimpleNamespace(box=asdict(box), shape=[3], modality="depth")
+    port = SimpleNamespace(name="inputs", dtype="float32")
+    encoder = OnnxEncoder(manifest, SimpleNamespace(inputs=[port], run=lambda given: {"embedding": given["inputs"]}))
+    np.testing.assert_array_equal(encoder.embed(inputs.numpy()), inputs.numpy())
+    with pytest.raises(ValueError, match="allowed"):
+        encoder.embed(np.nextafter(np.full((1, 3), box.high, np.float32), np.float32(9)))
 
 
 class Shift(nn.Module):

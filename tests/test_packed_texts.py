@@ -34,6 +34,19 @@ def test_packed_attention_is_masked_attention(name: str, kv_heads: int) -> None:
         torch.testing.assert_close(mine, right)
 
 
+def test_gradients_flow_where_autocast_makes_a_softmax_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: its autocast does so, that of the CPU does not; backward runs outside it."""
+    softmax = torch.softmax
+    monkeypatch.setattr(torch, "softmax", lambda scores, dim: softmax(scores.float(), dim))
+    texts = PackedTexts(torch.tensor(SEGMENTS["ragged"]), 3)
+    shapes = [(1, 2, texts.num_positions, 8), *[(1, 2, texts.num_image_positions + texts.num_positions, 8)] * 2]
+    inputs = [torch.randn(shape).bfloat16().requires_grad_() for shape in shapes]
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = texts.attend(*inputs)
+    gradients = torch.autograd.grad(mixed.float().square().sum(), inputs)
+    assert mixed.dtype == torch.bfloat16 and all(each.dtype == torch.bfloat16 and each.any() for each in gradients)
+
+
 def test_the_dense_mask_shows_a_text_its_scene_and_its_own_past() -> None:
     segment, prefix = torch.tensor(SEGMENTS["ragged"]), 3
     texts = PackedTexts(segment, prefix)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
+from multimodal.device import check_device
 from multimodal.images import ImageConfig, prepare_images
 from multimodal.pretrained.source import local_folder
 from multimodal.pretrained.text import PublishedTokenizer
@@ -160,14 +161,6 @@ def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any]
         assets = replace(assets, decode=assets.decode.changed(decode))
     model = load_model(assets, weights, path)
     return TorchPolicy(assets, model.to(device), content_hash=checkpoint_hash(path))
-
-
-def check_device(device: str) -> None:
-    """Raise ValueError, with torch's reason, unless a tensor can be put there."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]} Without a GPU: cpu.") from error
 
 
 def load_model(assets: PolicyAssets, weights: dict[str, Tensor], source: str | Path) -> VLA:

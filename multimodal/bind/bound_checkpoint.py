@@ -12,6 +12,7 @@ from multimodal.bind.centers import SemanticCenters, build_centers
 from multimodal.bind.corpus_file import ObjectClass
 from multimodal.bind.encoders import BindConfig, BoundModel, TrunkConfig
 from multimodal.checkpoint import checkpoint_hash, load_checkpoint, load_weights, save_checkpoint
+from multimodal.device import check_device
 from multimodal.tokenizer import TextTokenizer
 
 FORMAT = "remask-bind-1"
@@ -77,7 +78,11 @@ class LoadedBound:
 
 
 def load_bound(path: str | Path, *, device: str = "cpu") -> LoadedBound:
-    """The model of a checkpoint folder. Raises FileNotFoundError without a checkpoint, ValueError for one that does not fit."""
+    """The model of a checkpoint folder.
+
+    Raises FileNotFoundError without a checkpoint, ValueError for one that does not fit or a device that is not there.
+    """
+    check_device(device)
     assets, weights = BoundAssets.load(path)
     model = BoundModel(assets.config, assets.tokenizer)
     load_weights(model, weights, path)

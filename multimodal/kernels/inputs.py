@@ -101,7 +101,8 @@ def compact(
 ) -> tuple[Kept, Tensor | None]:
     """Keep the supervised rows of hidden [N, D]; returns them and their flat index [n], None if every row is kept."""
     dtype, num_rows = accumulation_dtype(hidden.dtype), hidden.shape[0]
-    targets = targets.reshape(num_rows, -1) if num_rows else targets.reshape(0, max(1, targets.shape[-1] if targets.dim() > 1 else 1))
+    width = 1 if target_probs is None else target_probs.shape[-1]  # which -1 cannot tell where there are no rows
+    targets = targets.reshape(num_rows, -1 if num_rows else width)
     index = valid_index
     if index is None:
         index = (targets != ignore_index).any(1).nonzero()[:, 0]
@@ -112,7 +113,7 @@ def compact(
 
     targets = keep(targets)
     padding = targets == ignore_index
-    probs = torch.ones_like(targets, dtype=dtype) if target_probs is None else keep(target_probs.reshape(num_rows, -1)).to(dtype)
+    probs = torch.ones_like(targets, dtype=dtype) if target_probs is None else keep(target_probs.reshape(num_rows, width)).to(dtype)
     probs = probs.masked_fill(padding, 0) if target_probs is not None else probs
     low, high = (0, weight.shape[0] if vocab_shard is None else vocab_shard.vocab_size)
     if isinstance(vocab_range, tuple):
@@ -148,7 +149,7 @@ def _row_temperature(temperature: float | Tensor, count: int, keep: object, dtyp
     if isinstance(temperature, Tensor) and temperature.dim():
         return keep(temperature.reshape(-1)).to(dtype)
     if isinstance(temperature, Tensor):
-        return temperature.to(dtype).expand(count)
+        return temperature.to(device, dtype).expand(count)
     return None if temperature == 1 else torch.full((count,), temperature, dtype=dtype, device=device)
 
 

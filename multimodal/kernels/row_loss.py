@@ -43,7 +43,7 @@ class RowLoss:
         """Factor of the rows `index`, shape and dtype of `like` [b]."""
         if isinstance(self.scale, Tensor):
             own = self.scale[self.start + index.start : self.start + index.stop] if self.scale.dim() else self.scale
-            return own.to(like.dtype).expand_as(like).contiguous()
+            return own.to(like.device, like.dtype).expand_as(like).contiguous()
         return torch.full_like(like, self.scale)
 
     def values(self, statistics: TokenStatistics, index: slice) -> Tensor:

@@ -174,4 +174,7 @@ def timeout_of(parameters: Mapping[str, Any]) -> float | None:
         return None
     if not isinstance(timeout, int | float) or isinstance(timeout, bool):
         raise Refusal.invalid(f"The parameter timeout_ms is {timeout!r:.40}; it must be a number.")
-    return timeout / 1000
+    try:
+        return float(timeout) / 1000
+    except OverflowError:
+        raise Refusal.invalid("The parameter timeout_ms is beyond all numbers; leave it out for the server's limit.") from None
