@@ -135,6 +135,7 @@ def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter, NullLocator
 
     quantities = [name for name in QUANTITIES if any(fit.quantity == name for fit in fits)]
     if not quantities:
@@ -144,6 +145,9 @@ def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
     )
     for (row, quantity), (column, axis) in product(enumerate(quantities), enumerate(AXES)):
         axes = panels[row][column]
+        if (quantity, axis) in SENSELESS:
+            axes.set_axis_off()
+            continue
         known = [run for run in runs if getattr(run, quantity) is not None]
         axes.scatter(*points(known, axis, quantity), s=14, color="lightgrey")
         for number, fit in enumerate(fit for fit in fits if (fit.quantity, fit.axis) == (quantity, axis) and fit.runs):
@@ -154,6 +158,13 @@ def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
                 axes.plot(line, fit.law(line), color=f"C{number}", label=f"exponent {fit.law.exponent:.2f}")
             axes.legend(fontsize=6)
         axes.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel=QUANTITIES[quantity])
+        if axis == "demonstrations":
+            counts = sorted({run.demonstrations for run in known})
+            axes.set_xticks(counts, map(str, counts), minor=False)
+            axes.xaxis.set_minor_locator(NullLocator())
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if high < 10 * low else NullFormatter())
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
