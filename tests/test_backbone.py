@@ -20,10 +20,12 @@ from tests.test_pretrained_prismatic import random_checkpoint
 from vla.backbone import BackboneConfig
 from vla.cli import main as cli
 from vla.data import WindowMixture
+from vla.export import write_folder
 from vla.frame_cache import FrameCache
 from vla.heads import HEADS, HeadConfig
 from vla.interface import ActionChunk, Observation
 from vla.merge import merge_policy
+from vla.onnx_policy import load_onnx_policy
 from vla.policy import load_policy
 from vla.train import DatasetConfig, ModelConfig, PolicyConfig, TrainConfig, begin, open_windows, train_policy
 
@@ -241,3 +243,15 @@ def test_a_run_begins_with_a_policy_of_adapters_as_it_acted_and_leaves_one_that_
     assert assets.provenance["start_from"] == str(first) and assets.provenance["backbone"]["path"] == str(backbones / "llava")
     with pytest.raises(ValueError, match="Drop the other"):
         train_policy(replace(later, policy=config.policy))
+
+
+def test_an_exported_policy_of_a_backbone_reads_the_backbones_prompt(backbones: Path, cache: Path, tmp_path: Path):
+    """Tokenizer and template travel: on llava's, the words stand within a conversation."""
+    policy = load_policy(train_policy(settings(cache, tmp_path / "run", backbones / "llava", "full")))
+    (tmp_path / "onnx").mkdir()
+    write_folder(policy, tmp_path / "onnx", "float32")
+    exported = load_onnx_policy(tmp_path / "onnx")
+    text = "Go to the bright side"
+    assert policy.assets.model.prompt.template != "{instruction}"
+    assert exported.text_tokenizer.encode(text) == policy.assets.text_tokenizer.encode(text)
+    assert distance(policy.act(observations(cache)), exported.act(observations(cache))) < 1e-4

@@ -9,6 +9,7 @@ import pytest
 
 from vla import cli
 from vla.cli import VERBS, Verb, main, overview, parse_config
+from vla.given_function import given_function
 
 
 @dataclass(frozen=True)
@@ -193,3 +194,17 @@ def test_every_verb_has_its_module() -> None:
     for verb in VERBS.values():
         module, function = verb.target.split(":")
         assert f"def {function}(" in (root / f"{module.replace('.', '/')}.py").read_text()
+
+
+def test_a_users_function_is_found_beside_where_the_command_is_typed_or_its_absence_is_one_line(tmp_path, monkeypatch):
+    (tmp_path / "a_task_of_mine.py").write_text("def build():\n    return 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(tmp_path))])
+    assert given_function("--task", "a_task_of_mine:build")() == 7
+    for target, says in (
+        ("a_task_of_mine:nothing", "--task=a_task_of_mine:nothing names nothing: .*no attribute"),
+        ("no_module_at_all:build", "names nothing: No module"),
+        ("a_task_of_mine", "--task is 'a_task_of_mine'; write module:function"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            given_function("--task", target)

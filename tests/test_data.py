@@ -232,6 +232,11 @@ def test_a_mixture_keeps_its_shares_and_covers_every_source(tmp_path):
 
 
 def test_mixture_refuses_sources_that_do_not_fit(cache):
+    for changes in ({"control_hz": 5.0}, {"binary_actions": () if cache.spec.binary_actions else (0,)}):
+        other = replace(cache, spec=replace(cache.spec, **changes))
+        assert other.spec != cache.spec
+        with pytest.raises(ValueError, match="state or rate"):
+            WindowMixture([ActionWindows(cache, 4), ActionWindows(other, 4)])
     with pytest.raises(ValueError, match="differ in horizon"):
         WindowMixture([ActionWindows(cache, 4), ActionWindows(cache, 5)])
     with pytest.raises(ValueError, match="one weight > 0"):

@@ -158,6 +158,10 @@ def test_remdm_remasks_at_its_rate_and_the_less_confident_more_often():
 
 def test_a_decode_setting_that_there_is_not_is_named_with_those_there_are():
     assert DecodeConfig(threshold=0.5).changed({"rounds": 3}) == DecodeConfig(rounds=3, threshold=0.5)
+    assert DecodeConfig(threshold=1).threshold == 1
+    for name, value, wanted in (("rounds", "two", "int"), ("rounds", 2.5, "int"), ("threshold", "high", "float"), ("rounds", True, "int")):
+        with pytest.raises(ValueError, match=f"DecodeConfig.{name} is {value!r}; it must be of type {wanted}"):
+            DecodeConfig().changed({name: value})
     with pytest.raises(ValueError, match=r"decode has no setting round; it has rounds, threshold, .*euler_steps"):
         DecodeConfig().changed({"round": 2})
     with pytest.raises(ValueError, match="euler_steps is 0; at least one is needed"):

@@ -243,7 +243,10 @@ def test_an_euler_step_of_the_true_velocity_lands_on_the_actions():
 def test_a_chunk_that_has_no_room_for_known_steps_is_given_none():
     for horizon, most in ((1, 4), (4, 0)):
         config = HeadConfig(known_prefix=1.0, max_known_steps=most)
-        assert not draw_known_steps(3, horizon, config, torch.Generator()).any()
+        assert not draw_known_steps(torch.zeros(3, horizon, dtype=torch.bool), config, torch.Generator()).any()
+    real = torch.arange(1, 9)
+    known = draw_known_steps(torch.arange(8) >= real[:, None], HeadConfig(known_prefix=1.0, max_known_steps=7), torch.Generator())
+    assert (known.sum(1) < real).all() and known[1:].any(), "one real step at least is left to predict"
     with pytest.raises(ValueError, match="known_prefix is 1.5"):
         HeadConfig(known_prefix=1.5)
     with pytest.raises(ValueError, match="max_known_steps is -1"):

@@ -1,5 +1,6 @@
 """`vla train`: resume equals the uninterrupted run, a checkpoint alone makes the policy, mistakes are named."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import send_to_device
 
-from multimodal.checkpoint import load_checkpoint
+from multimodal.checkpoint import checkpoint_hash, load_checkpoint
 from multimodal.config import get_preset
 from multimodal.images import ImageConfig
 from multimodal.losses import build_objective
@@ -18,19 +19,23 @@ from multimodal.training import TrainingConfig
 from multimodal.training_log import read_log
 from multimodal.vlm import VLM
 from multimodal.vlm_checkpoint import VLMAssets
+import vla.policy
 from tests.reaching import SPEC, write_cache
 from vla.cli import main as cli
 from vla.action_head import HeadConfig
+from vla.backbone import BackboneConfig
 from vla.data import ActionWindows, WindowMixture
 from vla.frame_cache import FrameCache, FrameCacheWriter
 from vla.heads import HEADS
 from vla.held_out import held_out_loss
 from vla.interface import Observation
+from vla.model import VLA
 from vla.policy import load_policy
 from vla.policy_loss import Collator, PolicyLoss
 from vla.train import (
     DatasetConfig,
     ModelConfig,
+    PolicyConfig,
     TrainConfig,
     build_assets,
     finished_policy,
@@ -98,6 +103,63 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path):
         train_policy(replace(config, resume=True))
 
 
+def test_a_run_that_begins_with_a_policy_has_its_horizon(trained, cache, tmp_path):
+    """Else targets of other lengths meet its slots: an error from within torch, or half a chunk that nobody trains."""
+    config = replace(settings(cache, tmp_path), start_from=trained, model=ModelConfig(preset="debug", action_horizon=8, num_bins=31))
+    with pytest.raises(ValueError, match="chunks of 4 steps, this run asks for 8: give --model.action_horizon=4"):
+        train_policy(config)
+
+
+def test_settings_of_a_backbone_that_is_not_named_are_refused(trained, cache, tmp_path):
+    config = replace(settings(cache, tmp_path), policy=PolicyConfig(BackboneConfig(tune="frozen")))
+    for start_from in (None, trained):
+        with pytest.raises(ValueError, match="settings but no path"):
+            train_policy(replace(config, start_from=start_from))
+
+
+def test_any_number_of_words_is_trained_on(tmp_path):
+    words = [" ".join(f"word{100 * episode + index}" for index in range(100)) for episode in range(12)]
+    frames = np.zeros((2, SPEC.image_size, SPEC.image_size, 3), dtype=np.uint8)
+    with FrameCacheWriter(tmp_path / "cache", SPEC) as writer:
+        for text in words:
+            vectors = np.zeros((2, 3), dtype=np.float32)
+            writer.add_episode({camera: frames for camera in SPEC.cameras}, vectors, vectors, instruction=text, task=0)
+    config = settings(tmp_path / "cache", tmp_path / "run")
+    assets = build_assets(config, WindowMixture(open_windows(config, held_out=False)))
+    assert assets.model.vlm.vocab_size == 3 + 100 * sum(source.num_episodes for source in open_windows(config, held_out=False))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_batch_of_one_window_always_has_something_to_learn(head, trained, cache):
+    """At an episode's end the known beginning could be all there is: a loss of 0 / 0, and a run that dies of it."""
+    assets = replace(load_policy(trained).assets, head=HeadConfig(type=head, known_prefix=1.0, max_known_steps=3))
+    if HEADS[head].slots != "tokens":
+        assets = replace(assets, model=replace(assets.model, slots=HEADS[head].slots))
+    model, loss = VLA(assets.model), PolicyLoss(assets, build_objective({"type": "cross_entropy"}))
+    windows = ActionWindows(FrameCache.open(cache), 4)
+    batch = Collator(assets)(windows.gather(np.array([FrameCache.open(cache).episode_starts[1] - 1])))
+    assert batch.target.is_pad[0].tolist() == [False, True, True, True]
+    for seed in range(10):
+        assert loss(model, batch, torch.Generator().manual_seed(seed)).normalizer > 0
+
+
+def test_weights_and_hash_are_of_one_checkpoint_though_last_moves_on(trained, tmp_path, monkeypatch):
+    for name in ("000001", "000002"):
+        shutil.copytree(trained, tmp_path / name / "policy")
+    other = json.loads((tmp_path / "000002" / "policy" / "provenance.json").read_text()) | {"seed": 99}
+    (tmp_path / "000002" / "policy" / "provenance.json").write_text(json.dumps(other))
+    last, load_model = tmp_path / "last", vla.policy.load_model
+    last.symlink_to("000001")
+
+    def slow(*given):
+        last.unlink()
+        last.symlink_to("000002")
+        return load_model(*given)
+
+    monkeypatch.setattr(vla.policy, "load_model", slow)
+    assert load_policy(last / "policy").content_hash == checkpoint_hash(tmp_path / "000001" / "policy")
+
+
 def test_a_device_that_is_not_there_is_said_before_weights_are_read(trained):
     with pytest.raises(ValueError, match="device 'abacus' cannot be used: .*Without a GPU: cpu"):
         load_policy(trained, device="abacus")
@@ -132,7 +194,7 @@ def test_the_held_out_loss_is_the_training_loss_without_augmentation_and_of_one_
     batch = Collator(policy.assets)(windows.gather(np.linspace(0, len(windows) - 1, 8).astype(int)))
     plain = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
     terms = [loss(policy.model, batch, plain[i], augment=augment) for i, augment in ((0, False), (1, True), (2, False))]
-    means = [float(each.loss_sum / each.normalizer) for each in terms]
+    means = [float(each.loss_sum.detach() / each.normalizer) for each in terms]
     assert found == pytest.approx(means[0], rel=1e-6) and means[0] != means[1] and means[0] != means[2]
 
 

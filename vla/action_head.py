@@ -69,12 +69,14 @@ class ActionHead(Protocol):
         ...
 
 
-def draw_known_steps(rows: int, action_horizon: int, config: HeadConfig, generator: torch.Generator) -> Tensor:
-    """Some rows start with one to max_known_steps given steps, and one at least to predict: bool [rows, H]."""
+def draw_known_steps(is_pad: Tensor, config: HeadConfig, generator: torch.Generator) -> Tensor:
+    """Some rows of is_pad, bool [R, H], start with one to max_known_steps given steps; one real step at least is to predict."""
+    rows, action_horizon = is_pad.shape
     most = min(config.max_known_steps, action_horizon - 1)
     device = generator.device
     if most < 1:
         return torch.zeros(rows, action_horizon, dtype=torch.bool, device=device)
     chosen = torch.rand(rows, generator=generator, device=device) < config.known_prefix
     steps = torch.randint(1, most + 1, (rows,), generator=generator, device=device) * chosen
+    steps = torch.minimum(steps, (~is_pad).sum(1) - 1)  # else a row near an episode's end would teach nothing, alone: 0 / 0
     return torch.arange(action_horizon, device=device) < steps[:, None]

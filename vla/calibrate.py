@@ -4,7 +4,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vla.cli import parse_config, resolve
+from vla.cli import parse_config
+from vla.given_function import given_function
 from vla.home import remask_home
 
 ACTIONS: dict[str, str] = {
@@ -64,7 +65,7 @@ def _task(target: str | None, options: dict[str, Any]):
     """The task of "module:function", called with the options. Raises ValueError without one, or if the options are not its."""
     if not target or ":" not in target:
         raise ValueError(f"--task is {target!r}; give \"module:function\", a function that returns a multimodal.bind.task.BindTask.")
-    build = resolve(target)
+    build = given_function("--task", target)
     try:
         inspect.signature(build).bind(**options)
     except TypeError as error:

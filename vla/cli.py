@@ -222,7 +222,7 @@ def overview() -> str:
 
 
 def resolve(target: str) -> Any:
-    """The function of "module:function". Raises ValueError naming the extra to install if a package is missing."""
+    """One of ours, "module:function". Raises ValueError naming the extra to install if a package is missing."""
     module_name, function = target.split(":")
     try:
         return getattr(importlib.import_module(module_name), function)

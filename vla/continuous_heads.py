@@ -53,7 +53,7 @@ class L1Head(ContinuousHead):
     """All steps regressed in one pass; unknown steps enter as zeros at time 0."""
 
     def loss(self, model: VLA, prefix: Prefix, batch: ActionBatch, generator: torch.Generator) -> HeadLoss:
-        is_known = draw_known_steps(batch.unit.shape[0], batch.unit.shape[1], self.config, generator)
+        is_known = draw_known_steps(batch.is_pad, self.config, generator)
         predicted = self._pass(model, prefix, batch.unit, is_known)
         return step_loss((predicted - batch.unit).abs(), ~batch.is_pad & ~is_known)
 
@@ -74,10 +74,10 @@ class FlowHead(ContinuousHead):
     """
 
     def loss(self, model: VLA, prefix: Prefix, batch: ActionBatch, generator: torch.Generator) -> HeadLoss:
-        draws, horizon = self.config.mask_draws, batch.unit.shape[1]
+        draws = self.config.mask_draws
         clean = batch.unit.repeat_interleave(draws, dim=0)
         is_pad = batch.is_pad.repeat_interleave(draws, dim=0)
-        is_known = draw_known_steps(clean.shape[0], horizon, self.config, generator)
+        is_known = draw_known_steps(is_pad, self.config, generator)
         time = draw_times(clean.shape[0], generator)[:, None]
         times = torch.where(is_known, torch.ones_like(time), time)
         times = times.masked_fill(is_pad, 0.0)  # padding repeats an action, which it must not give away: it enters as noise

@@ -134,12 +134,12 @@ class WindowMixture:
             raise ValueError("A mixture needs at least one data set.")
         specs = [source.cache.spec for source in sources]
         shapes = {
-            (s.action_horizon, s.cameras, spec.image_size, spec.action_names, spec.state_names)
+            (s.action_horizon, s.cameras, spec.image_size, spec.action_names, spec.state_names, spec.binary_actions, spec.control_hz)
             for s, spec in zip(sources, specs, strict=True)
         }
         if len(shapes) > 1:
             raise ValueError(
-                f"Data sets of a mixture differ in horizon, cameras, size, actions or state: {sorted(shapes)}. Bring one into "
+                f"Data sets of a mixture differ in horizon, cameras, size, actions, state or rate: {sorted(shapes)}. Bring one into "
                 "the other's form with `vla import --like=OTHER`."
             )
         sizes = np.array([len(source) for source in sources])

@@ -116,6 +116,7 @@ def write_folder(policy: TorchPolicy, folder: Path, precision: str) -> OnnxManif
         source={"checkpoint": policy.content_hash, "provenance": assets.provenance},
         versions=package_versions(PACKAGES),
         parity={},
+        prompt=asdict(assets.model.prompt) if assets.model.prompt.pad_token else {},
     )
     manifest.save(folder)
     return manifest
@@ -206,10 +207,10 @@ def export_language(config: ExportConfig) -> int:
 def export_one_encoder(config: ExportConfig) -> int:
     """`vla export --encoder.factory`."""
     from multimodal.export_encoder import export_encoder
-    from vla.cli import resolve
+    from vla.given_function import given_function
 
     output = checked_output(config)
-    export_encoder(resolve(config.encoder.factory)(), output, config.precision)
+    export_encoder(given_function("--encoder.factory", config.encoder.factory)(), output, config.precision)
     print(f"exported: {output}\nnext: multimodal.onnx_encoder.load_onnx_encoder({str(output)!r}).embed(inputs)")
     return 0
 

@@ -5,7 +5,7 @@
     tokenizer.json   the text tokenizer
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class OnnxManifest:
     source: dict[str, Any]  # hash and provenance of the checkpoint
     versions: dict[str, str | None]
     parity: dict[str, Any]  # what the gate measured, see vla/onnx_parity.py
+    prompt: dict[str, Any] = field(default_factory=dict)  # PromptConfig, of a published backbone; {}: the tokenizer is ours
 
     def save(self, folder: Path) -> None:
         save_manifest(folder, FORMAT, asdict(self))
@@ -41,8 +42,8 @@ class OnnxManifest:
     def load(cls, folder: Path) -> "OnnxManifest":
         """Raises FileNotFoundError without a manifest, ValueError for another format or a file that was changed."""
         made_by = f"vla export --policy.path=CHECKPOINT --output_dir={folder}"
-        values = load_manifest(folder, FORMAT, "policy", made_by)
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        values = {"prompt": {}} | load_manifest(folder, FORMAT, "policy", made_by)  # older ones have none
+        return cls(**{each.name: values[each.name] for each in fields(cls)})
 
 
 def is_onnx_policy(folder: Path) -> bool:

@@ -11,6 +11,8 @@ from multimodal.config import ImageConfig
 from multimodal.numpy_images import prepare_images
 from multimodal.onnx_folder import TOKENIZER, as_tuples, manifest_hash
 from multimodal.onnx_runner import OnnxRunner
+from multimodal.pretrained.text import PublishedTokenizer
+from multimodal.prompt import PromptConfig
 from multimodal.tokenizer import TextTokenizer
 from vla.action_tokenizer import ActionTokenizer
 from vla.decision import Decision, KnownActions, action_chunks, known_actions
@@ -81,6 +83,12 @@ class OnnxPolicy:
         return OnnxPrefix(result["is_real"], {name: result[name] for name in cache_names})
 
 
+def text_tokenizer(manifest: OnnxManifest, text: str) -> TextTokenizer:
+    """From tokenizer.json: with its prompt's template that of a published backbone, else one of ours."""
+    prompt = PromptConfig.from_dict(manifest.prompt)
+    return PublishedTokenizer.from_json(text, prompt) if prompt.pad_token else TextTokenizer.from_json(text)
+
+
 def load_onnx_policy(
     path: str | Path, *, device: str = "cpu", decode: dict[str, Any] | None = None, threads: int | None = None
 ) -> OnnxPolicy:
@@ -95,7 +103,7 @@ def load_onnx_policy(
     }
     return OnnxPolicy(
         manifest,
-        TextTokenizer.from_json((folder / TOKENIZER).read_text()),
+        text_tokenizer(manifest, (folder / TOKENIZER).read_text()),
         graphs,
         decode=DecodeConfig(**manifest.decode).changed(decode or {}),
         content_hash=manifest_hash(folder),

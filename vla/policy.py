@@ -155,7 +155,7 @@ def load_policy(path: str | Path, *, device: str = "cpu", decode: dict[str, Any]
     there, OSError for a repository that cannot be reached.
     """
     check_device(device)
-    path = local_folder(path)
+    path = local_folder(path).resolve()  # checkpoints/last may move on meanwhile: weights and hash are of one
     assets, weights = PolicyAssets.load(path)
     if decode:
         assets = replace(assets, decode=assets.decode.changed(decode))

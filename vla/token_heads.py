@@ -99,8 +99,9 @@ class DiscreteDiffusionHead(TokenHead):
         draws = self._draws()
         layout = SlotLayout(self.tokenizer, model.config.action_horizon, batch.tokens.device)
         clean = batch.tokens.flatten(1).repeat_interleave(draws, dim=0)  # [B * K, L]
-        is_pad = batch.is_pad.repeat_interleave(model.config.action_dim, dim=1).repeat_interleave(draws, dim=0)
-        known_steps = draw_known_steps(clean.shape[0], model.config.action_horizon, self.config, generator)
+        step_pad = batch.is_pad.repeat_interleave(draws, dim=0)
+        is_pad = step_pad.repeat_interleave(model.config.action_dim, dim=1)
+        known_steps = draw_known_steps(step_pad, self.config, generator)
         is_known = known_steps.repeat_interleave(model.config.action_dim, dim=1)
         corruption = self._corrupt(clean, is_known, is_pad, layout, generator)
         hidden = model.action_hidden(corruption.noisy_tokens, prefix.repeat(draws) if draws > 1 else prefix)

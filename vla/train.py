@@ -36,6 +36,9 @@ from vla.transforms import clean_instruction
 from vla.unmasking import DecodeConfig
 
 
+MOST_WORDS = 65_536  # of a policy's own vocabulary, which is as long as its instructions' words are many
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """Which demonstrations."""
@@ -109,7 +112,7 @@ def assemble_assets(
     """A fresh policy's assets for one robot; `statistics` are those of (state, action) over the training frames."""
     state_statistics, action_statistics = statistics
     instructions = sorted({clean_instruction(text) for text in instructions})
-    text_tokenizer = train_tokenizer(instructions)
+    text_tokenizer = train_tokenizer(instructions, vocab_size=MOST_WORDS)
     action_tokenizer = ActionTokenizer.from_statistics(
         action_statistics, binary=spec.binary_actions, num_bins=config.model.num_bins
     )
@@ -143,6 +146,8 @@ def begin(config: TrainConfig, mixture: WindowMixture) -> Start:
     """
     if config.start_from is not None and config.policy.backbone.path is not None:
         raise ValueError("Both --start_from and --policy.backbone.path are given; a run begins with one. Drop the other.")
+    if config.policy.backbone.path is None and config.policy.backbone != BackboneConfig():
+        raise ValueError("policy.backbone has settings but no path; they are a published checkpoint's: give --policy.backbone.path.")
     fresh = build_assets(config, mixture)
     torch.manual_seed(config.training.seed)
     if config.start_from is not None and is_vlm(config.start_from):
@@ -195,6 +200,11 @@ def begin_from(config: TrainConfig, fresh: PolicyAssets, instructions: Sequence[
             f"--start_from has a {found.head.type} head on {found.images.output_size} pixels, this run asks for "
             f"{config.head.type} on {images.output_size}; heads over tokens and over steps, and other sizes, have "
             "different weights."
+        )
+    if found.model.action_horizon != config.model.action_horizon:
+        raise ValueError(
+            f"--start_from acts in chunks of {found.model.action_horizon} steps, this run asks for {config.model.action_horizon}: "
+            f"give --model.action_horizon={found.model.action_horizon}."
         )
     own, asked = found.model.compressor, config.model.compressor
     adds = asked.mode != "none" and asked != own

@@ -28,6 +28,11 @@ class DecodeConfig:
     euler_steps: int = 6  # of the flow head, which has no rounds
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value, wanted = getattr(self, field.name), field.type
+            fits = isinstance(value, int | float if wanted is float else wanted) and not isinstance(value, bool)
+            if not fits:
+                raise ValueError(f"DecodeConfig.{field.name} is {value!r}; it must be of type {wanted.__name__}.")
         check_choice("DecodeConfig", "remask", self.remask, tuple(REMASK_RULES))
         for name in ("rounds", "euler_steps"):
             if getattr(self, name) < 1:
