@@ -1,7 +1,7 @@
 """Shapes of images, the image tower, the decoder and the vision-language model built from them, with named presets."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 NORMS = ("rms", "layer")
@@ -15,6 +15,14 @@ def check_choice(owner: str, name: str, value: str, allowed: tuple[str, ...]) ->
     """Raise ValueError naming the field unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{owner}.{name} is {value!r}; allowed: {', '.join(allowed)}.")
+
+
+def check_settings(owner: str, settings: Mapping[str, Any], config_class: type) -> None:
+    """Raise ValueError naming those that the dataclass has no field for, and those it has."""
+    known = [field.name for field in fields(config_class)]
+    unknown = [name for name in settings if name not in known]
+    if unknown:
+        raise ValueError(f"{owner} has no setting {', '.join(map(repr, unknown))}; it has {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

@@ -132,9 +132,10 @@ def _conversation(asked: api.ChatBody, limits: Limits, max_images: int | None) -
         raise Refusal(
             Code.TOO_LARGE, f"The messages have {len(urls)} images; at most {limits.images} are accepted.", field="messages"
         )
-    if max_images is not None and len(urls) > max_images:
-        error = TooManyImages("images", f"{len(urls)} images; this model takes at most {max_images}.")
-        raise Refusal(Code.INVALID, str(error), field=error.field, name=error.code)
+    try:
+        TooManyImages.check(len(urls), limits.images if max_images is None else max_images)
+    except TooManyImages as error:
+        raise Refusal(Code.INVALID, str(error), field=error.field, name=error.code) from error
     for _, text in messages:
         _check_unicode(text, "messages")
     images = [decode_data_url(url, max_bytes=limits.body_bytes, max_pixels=limits.pixels) for url in urls]

@@ -81,7 +81,7 @@ class ChatProcess:
 
     @property
     def max_images(self) -> int | None:
-        return None if self._keeper.worker is None else self._keeper.worker.hello.get("max_images")
+        return None if self._keeper.worker is None else self._keeper.worker.hello["max_images"]
 
     @property
     def worker_pid(self) -> int | None:

@@ -141,22 +141,20 @@ class WebSocketWire:
         messages = [_message(question, timeout_s) for question in questions]
         self._open(timeout_s)
         answers: list[Any] = []
-        try:
-            for index, message in enumerate(messages):
-                self._socket.send(message)
-                if index >= PIPELINED - 1:
+        with contextlib.ExitStack() as unless_answered:
+            unless_answered.callback(self.close)  # also on Ctrl-C: an answer that is left unread would be taken for another's
+            try:
+                for index, message in enumerate(messages):
+                    self._socket.send(message)
+                    if index >= PIPELINED - 1:
+                        answers.append(self._socket.recv(timeout_s))
+                while len(answers) < len(questions):
                     answers.append(self._socket.recv(timeout_s))
-            while len(answers) < len(questions):
-                answers.append(self._socket.recv(timeout_s))
-        except TimeoutError as error:
-            self.close()  # its answer may still come, and would be taken for another's
-            raise Refusal(Code.DEADLINE, f"no answer within {timeout_s:.1f} s") from error
-        except (ConnectionClosed, OSError) as error:
-            self.close()
-            raise Refusal(Code.UNAVAILABLE, f"the connection broke ({error})", retry_after_s=0.0) from error
-        except BaseException:  # Ctrl-C too: an answer that is left unread would be taken for the next one
-            self.close()
-            raise
+            except TimeoutError as error:
+                raise Refusal(Code.DEADLINE, f"no answer within {timeout_s:.1f} s") from error
+            except (ConnectionClosed, OSError) as error:
+                raise Refusal(Code.UNAVAILABLE, f"the connection broke ({error})", retry_after_s=0.0) from error
+            unless_answered.pop_all()
         refused = [parse_line(answer) for answer in answers if isinstance(answer, str)]
         if refused:
             raise refused[0]

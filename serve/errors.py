@@ -26,6 +26,11 @@ class TooManyImages(RequestError):
 
     code = "too_many_images"
 
+    @classmethod
+    def check(cls, count: int, most: int) -> None:
+        if count > most:
+            raise cls("images", f"{count} images; this model takes at most {most}.")
+
 
 class InvalidImage(RequestError):
     """Not uint8 [H, W, 3], too large, or smaller than what the model crops."""

@@ -128,8 +128,7 @@ def check_request(request: Request, limits: Limits) -> None:
         _check_ids("prompt", request.prompt, limits.vocab_size)
     if not _is_list(request.images):
         raise InvalidImage("images", f"images is {type(request.images).__name__}; expected a list of uint8 arrays [H, W, 3].")
-    if len(request.images) > limits.max_images:
-        raise TooManyImages("images", f"{len(request.images)} images; this model takes at most {limits.max_images}.")
+    TooManyImages.check(len(request.images), limits.max_images)
     for index, image in enumerate(request.images):
         _check_image(index, image, limits)
 

@@ -5,11 +5,12 @@ TensorModel. The one that is here embeds pictures with a policy's image tower.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol, Self
 
 import numpy as np
 
+from multimodal.config import check_settings
 from serve.protocol.limits import Limits
 from serve.protocol.refusal import Refusal
 from serve.protocol.tensors import NUMERIC, TensorSpec
@@ -39,13 +40,7 @@ class EncoderSource:
     @classmethod
     def of(cls, name: str, settings: Mapping[str, Any]) -> Self:
         """Settings of `--encoders` for one name. Raises ValueError naming those there are."""
-        known = [each.name for each in fields(cls)]
-        unknown = sorted(set(settings) - set(known))
-        if unknown:
-            raise ValueError(
-                f"encoders.{name} has no setting {', '.join(unknown)}; allowed: {', '.join(known)}. What the factory takes stands "
-                f"under arguments: {{{name}: {{arguments: {{path: RUN/checkpoints/last/policy}}}}}}."
-            )
+        check_settings(f"encoders.{name} (what the factory takes stands under its `arguments`)", settings, cls)
         return cls(**settings)
 
 

@@ -96,7 +96,7 @@ def run_episodes(config: CorpusConfig, jobs: Sequence[Job], missing: Sequence[Jo
     scenes = sum(job.scenes for job in jobs)
     done = scenes - sum(job.scenes for job in missing)
     with tqdm(total=scenes, initial=done, unit="scene", desc="corpus") as bar:
-        errors, tried = ErrorCount(bar.write), set()
+        errors = ErrorCount(bar.write)
 
         def finished(job: Job, outcome: Done | Failed | Died) -> None:
             if isinstance(outcome, Done):
@@ -107,11 +107,7 @@ def run_episodes(config: CorpusConfig, jobs: Sequence[Job], missing: Sequence[Jo
             totals.update(errors=1)
             append_row(config.root / "errors.jsonl", {"episode": job.file, "error": str(outcome)})
             errors.add(job.file, outcome)
-            if job.file in tried:
-                queue.finish(job)
-            else:  # once more, for what has to do with the process
-                tried.add(job.file)
-                queue.put_back(job)
+            queue.fail(job)
 
         with WorkerPool(min(config.workers, len(missing)), work, (config, build)) as pool:
             run_jobs(pool, queue.next_job, started=lambda facts: None, finished=finished)

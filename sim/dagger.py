@@ -234,7 +234,7 @@ def run_corrections(
     """
     if not jobs:
         return None
-    queue, raised = JobQueue(jobs), set()
+    queue = JobQueue(jobs)
     specs: list[dict[str, Any]] = []
 
     def started(spec: dict[str, Any]) -> None:
@@ -251,14 +251,11 @@ def run_corrections(
             append_row(folder / ROWS, row)
             if error is None:
                 rows[job.task, job.index] = row
+                queue.finish(job)
+                bar.update()
             else:
                 errors.add(f"task {job.task}, start {job.index}", error)
-                if job not in raised:
-                    raised.add(job)
-                    queue.put_back(job)
-                    return
-            queue.finish(job)
-            bar.update()
+                bar.update(int(queue.fail(job)))
 
         num_workers = min(config.workers, len(jobs))
         with policy_threads(config.workers), WorkerPool(num_workers, correction.work, (settings, build, expert)) as pool:
@@ -288,7 +285,8 @@ def evaluate_round(
     for suite in config.suites:
         folder = config.part(config.root / f"round_{number}" / name, suite)
         found = evaluate(evaluation_config(config, suite, policy_path, folder), policy, checkpoint, build=build)
-        by_suite[suite] = (tally(found).successes, tally(found).episodes)
+        count = tally(found)
+        by_suite[suite] = (count.successes, count.episodes)
         rows += found
     count = tally(rows)
     return Round(number, policy_path, labels, count.successes, count.episodes, count.interval, by_suite)

@@ -19,6 +19,7 @@ class JobQueue(Generic[J]):
         for job in jobs:
             self._waiting.setdefault(model_of(job), []).append(job)
         self._running = dict.fromkeys(self._waiting, 0)
+        self._failed: set[J] = set()
 
     def __len__(self) -> int:
         """Jobs that nobody has taken."""
@@ -36,10 +37,16 @@ class JobQueue(Generic[J]):
     def finish(self, job: J) -> None:
         self._running[self._model_of(job)] -= 1
 
-    def put_back(self, job: J) -> None:
-        """A job that was taken is to be done again, after the others of its model."""
+    def fail(self, job: J) -> bool:
+        """A job that was taken has failed: once it is put back behind the others of its model, for what has to do with the
+        process; True if it had failed before, and is given up.
+        """
         self.finish(job)
-        self._waiting[self._model_of(job)].append(job)
+        given_up = job in self._failed
+        if not given_up:
+            self._failed.add(job)
+            self._waiting[self._model_of(job)].append(job)
+        return given_up
 
 
 class ErrorCount:

@@ -162,7 +162,7 @@ def test_a_decode_setting_that_there_is_not_is_named_with_those_there_are():
     for name, value, wanted in (("rounds", "two", "int"), ("rounds", 2.5, "int"), ("threshold", "high", "float"), ("rounds", True, "int")):
         with pytest.raises(ValueError, match=f"DecodeConfig.{name} is {value!r}; it must be of type {wanted}"):
             DecodeConfig().changed({name: value})
-    with pytest.raises(ValueError, match=r"decode has no setting round; it has rounds, threshold, .*euler_steps"):
+    with pytest.raises(ValueError, match=r"decode has no setting 'round'; it has rounds, threshold, .*euler_steps"):
         DecodeConfig().changed({"round": 2})
     with pytest.raises(ValueError, match="euler_steps is 0; at least one is needed"):
         DecodeConfig().changed({"euler_steps": 0})

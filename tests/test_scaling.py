@@ -144,7 +144,7 @@ def test_runs_and_their_evaluations_become_fits(tmp_path: Path):
         write_evaluation(tmp_path / "evaluations" / f"e{index}", checkpoint, index)
     write_evaluation(tmp_path / "evaluations" / "stranger", "of no run", 4, split="official")
     config = ScalingConfig([tmp_path / "runs"], [tmp_path / "evaluations"], tmp_path / "out", resamples=20)
-    found, fits = scaling(config)
+    found, fits, record = scaling(config)
     assert [run.parameters for run in found] == [100, 1000, 10_000, 100_000]
     assert [run.samples for run in found] == [1600] * 4 and [run.solved for run in found] == [0, 1, 2, 3]
     assert found[0].loss == pytest.approx(0.1 + 10**-0.5 + 1 / 100), "the mean of the last tenth of ten"
@@ -153,6 +153,7 @@ def test_runs_and_their_evaluations_become_fits(tmp_path: Path):
     fitted = [(fit.quantity, fit.axis) for fit in fits if fit.law is not None]
     assert fitted == [(quantity, "parameters") for quantity in ("loss", "held_out_loss", "failure")] and len(fits) == 11
     written = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    assert written == json.loads(json.dumps(record))
     assert written["evaluations"]["split"] == "validation" and (tmp_path / "out" / "scaling.png").exists()
     assert [fit["equal"] for fit in written["fits"]] == [{"demonstrations": 40, "samples": 1600}] * 3
     text = (tmp_path / "out" / "scaling.md").read_text()

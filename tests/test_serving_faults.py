@@ -242,7 +242,7 @@ def test_a_bad_value_is_the_clients_fault_and_no_traceback(tmp_path: Path, metho
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"encoders": {"tower": {"path": "RUN"}}}, "encoders.tower has no setting path; allowed: factory, .*arguments: .path"),
+        ({"encoders": {"tower": {"path": "RUN"}}}, "encoders.tower .*under its `arguments`. has no setting 'path'; it has factory, arguments"),
         ({"port": 70000}, "port is 70000; allowed: 0"),
         ({"grpc_port": -1}, "grpc_port is -1"),
     ],

@@ -7,7 +7,7 @@ that they expect. Whether it worked is judged by what the policy then does, whic
 import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 from multimodal.bind.attacks import apgd
 from multimodal.bind.ball import Ball
 from multimodal.bind.interface import Box
-from multimodal.config import check_choice
+from multimodal.config import check_choice, check_settings
 from multimodal.images import prepare_pixels
 from vla.continuous_heads import ContinuousHead
 from vla.decision import Decision, action_chunks, known_actions
@@ -58,10 +58,7 @@ class PolicyAttackConfig:
 
 def check_attack(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, if all of them exist; else ValueError listing those there are."""
-    allowed = [item.name for item in fields(PolicyAttackConfig)]
-    unknown = sorted(set(values) - set(allowed))
-    if unknown:
-        raise ValueError(f"attack has no setting {unknown[0]!r}; allowed: {', '.join(allowed)}.")
+    check_settings("attack", values, PolicyAttackConfig)
     return dict(values)
 
 

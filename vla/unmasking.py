@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from multimodal.config import check_choice
+from multimodal.config import check_choice, check_settings
 
 ROUNDING = 1e-9  # added before the quota is floored: 56 * cos(pi / 3) is 28, not 27.999...
 
@@ -40,10 +40,7 @@ class DecodeConfig:
 
     def changed(self, settings: Mapping[str, Any]) -> "DecodeConfig":
         """With some settings changed. Raises ValueError for one that there is not."""
-        known = [field.name for field in fields(self)]
-        unknown = [name for name in settings if name not in known]
-        if unknown:
-            raise ValueError(f"decode has no setting {', '.join(unknown)}; it has {', '.join(known)}.")
+        check_settings("decode", settings, DecodeConfig)
         return replace(self, **settings)
 
 

@@ -30,7 +30,7 @@ def between(interval: Sequence[float], form: str) -> str:
 def scaling_tables(found: Mapping[str, Any]) -> str:
     """Markdown of what scaling.json holds: its runs, and its fits."""
     lines = [
-        [run["folder"], run["parameters"], run["demonstrations"], run["samples"], run["loss"], run.get("held_out_loss"),
+        [run["folder"], run["parameters"], run["demonstrations"], run["samples"], run["loss"], run["held_out_loss"],
          run["held_out_error"], f"{run['solved']}/{run['episodes']}" if run["episodes"] else None]
         for run in found["runs"]
     ]  # fmt: skip

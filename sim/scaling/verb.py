@@ -169,8 +169,11 @@ def write_plot(runs: Sequence[Run], fits: Sequence[Fit], path: Path) -> None:
     pyplot.close(figure)
 
 
-def scaling(config: ScalingConfig) -> tuple[list[Run], list[Fit]]:
-    """Read, fit, write scaling.json, scaling.md and scaling.png. Raises ValueError without a run or for unlike evaluations."""
+def scaling(config: ScalingConfig) -> tuple[list[Run], list[Fit], dict[str, Any]]:
+    """Read, fit, write scaling.json, scaling.md and scaling.png; runs, fits and what scaling.json holds.
+
+    Raises ValueError without a run or for unlike evaluations.
+    """
     folders = find_runs(Path(folder).expanduser() for folder in config.runs)
     if not folders:
         raise ValueError("Which runs? Give --runs='[FOLDER, FOLDER]'.")
@@ -182,7 +185,7 @@ def scaling(config: ScalingConfig) -> tuple[list[Run], list[Fit]]:
     (output / "scaling.json").write_text(json.dumps(found, indent=1))
     write_markdown(found, output / "scaling.md")
     write_plot(runs, fits, output / "scaling.png")
-    return runs, fits
+    return runs, fits, found
 
 
 def output_dir(config: ScalingConfig) -> Path:
@@ -194,9 +197,9 @@ def main(argv: list[str]) -> None:
     from vla.cli import parse_config
 
     config = parse_config(ScalingConfig, argv, verb="scaling")
-    runs, _ = scaling(config)
+    runs, _, found = scaling(config)
     table = Table(*FIT_COLUMNS, title=f"{len(runs)} runs")
-    for line in fit_lines(json.loads((output_dir(config) / "scaling.json").read_text())):
+    for line in fit_lines(found):
         table.add_row(*map(cell_text, line))
     show(table)
     print(f"scaling.json, scaling.md, scaling.png: {output_dir(config)}")
